@@ -1,0 +1,192 @@
+"""The command line: `vast-proxy`, and `python -m proxy`, which is the same."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # what a command needs is imported by the command, so that `--version` and `--help` are quick
+    from .policy.routing import Route
+    from .settings import Settings
+
+OK, FAILED, MISUSED = 0, 1, 2
+LONGEST_ORIGIN = 18
+"""Characters of a number's origin in the table of routes, which so fits a wide terminal."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. The exit status: 0 fine, 1 it failed, 2 wrong arguments or settings."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return MISUSED
+    try:
+        status: int = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `vast-proxy routes | head` has seen enough. Python flushes stdout once more at exit: give it a place to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return 130  # as the shell says it: ended by SIGINT
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vast-proxy",
+        description="A reverse proxy that gets unmodified Vast.ai clients through the API's rate limits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "--config", metavar="FILE", type=Path, help="settings; default: $VAST_PROXY_CONFIG, else what is shipped"
+    )
+
+    def add(name: str, command: Any, told: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=told, description=told, parents=[config], allow_abbrev=False)
+        added.set_defaults(command=command)
+        return added
+
+    serve = add("serve", _serve, "run the proxy until SIGTERM or SIGINT; SIGHUP reads the settings again")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="instead of `listen` in the settings")
+    serve.add_argument("--upstream", metavar="URL", help="the API, instead of `upstreams.api` in the settings")
+    serve.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    add("check-config", _check_config, "say whether the settings are right, or everything that is wrong with them")
+    add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
+    return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"vast-proxy {version('vast-proxy')}")
+        except PackageNotFoundError:
+            print("vast-proxy (a checkout, not installed)")
+        parser.exit()
+
+
+def _load(options: argparse.Namespace) -> Settings:
+    """The settings as the options say, or SettingsError; the same again, read anew, at every call."""
+    from .settings import load
+
+    overrides = {"listen": "listen", "upstreams.api": "upstream", "log.level": "log_level"}
+    given = {key: getattr(options, name, None) for key, name in overrides.items()}
+    return load(options.config, os.environ, given)
+
+
+def _complain(error: Exception) -> int:
+    for line in str(error).splitlines():
+        print(f"vast-proxy: {line}", file=sys.stderr)
+    return MISUSED
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from .settings import SettingsError
+
+    try:
+        settings = _load(options)
+    except SettingsError as error:
+        return _complain(error)
+
+    from . import app
+
+    try:
+        return asyncio.run(app.run(settings, lambda: _load(options)))
+    except OSError as error:
+        print(f"vast-proxy: {_why(error, settings)}", file=sys.stderr)
+        return FAILED
+
+
+def _why(error: OSError, settings: Settings) -> str:
+    """asyncio wraps a refused bind in a sentence of its own with the address in it as a tuple: say it plainly."""
+    import errno
+
+    number = error.errno or 0
+    reason = os.strerror(number) if number in errno.errorcode else error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    return f"cannot listen on {settings.listen}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    from .settings import SettingsError, config_file
+
+    try:
+        settings = _load(options)
+    except SettingsError as error:
+        return _complain(error)
+    ceiling = settings.limits.global_
+    pace = f"at most {ceiling.rate:g} calls in {_age(ceiling.per)}" if ceiling else "no global limit"
+    print(f"{options.config or config_file(os.environ) or 'shipped defaults'}: ok")
+    print(
+        f"listen {settings.listen}, upstream {settings.upstreams.api}, {pace}, "
+        f"{len(settings.routes)} routes in {len(settings.routes.families)} families, from {settings.source}"
+    )
+    return OK
+
+
+def _routes(options: argparse.Namespace) -> int:
+    from .settings import SettingsError
+
+    try:
+        settings = _load(options)
+    except SettingsError as error:
+        return _complain(error)
+    head = ("METHOD", "PATH", "EFFECT", "INTERVAL", "CAPACITY", "PENALTY", "CACHE", "TTL", "UPSTREAM", "FROM")
+    routes = sorted(settings.routes, key=lambda route: (route.template, route.method))
+    rows = [head, *(_row(route, settings) for route in routes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return OK
+
+
+def _row(route: Route, settings: Settings) -> tuple[str, ...]:
+    from .policy.caching import lifetimes
+    from .policy.limiting import DEFAULT_INTERVAL
+
+    interval = DEFAULT_INTERVAL if route.interval is None else route.interval
+    if not route.overridden:
+        interval *= settings.limits.scale
+    origin = route.source or ("default" if route.interval is None else "documented")
+    family = route.family
+    return (
+        route.method,
+        route.template,
+        "refused" if route.refused else route.effect.value,
+        _age(interval) if interval else "-",
+        str(route.capacity),
+        f"{route.penalty:g}",
+        family.name if family else "-",
+        _age(lifetimes(family, settings.cache)[0]) if family else "-",
+        route.upstream,
+        origin if len(origin) <= LONGEST_ORIGIN else origin[: LONGEST_ORIGIN - 3] + "...",
+    )
+
+
+def _age(seconds: float) -> str:
+    """As one would write it in the settings: 2s, 15m, 1d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds:g}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Everything under /_proxy/, and the log: what the proxy tells of itself. It observes every exchange, and no key."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from .policy.messages import CacheStatus, Exchange, Response
+
+Status = Callable[[], Mapping[str, Any]]
+
+
+class Admin:
+    """Answers /_proxy/. Owns nothing but what it was told; `status` hands in the rest."""
+
+    def __init__(self, status: Status, ready: Callable[[], bool]) -> None:
+        self._status = status
+        self._ready = ready
+        self.counted = Totals()
+
+    def __call__(self, method: str, target: str) -> Response:
+        """An answer to a request under /_proxy."""
+        path = target.partition("?")[0].rstrip("/")
+        if method not in ("GET", "HEAD"):
+            return _json(405, {"success": False, "error": "method_not_allowed", "msg": "/_proxy/ is read only"})
+        match path:
+            case "/_proxy/health":
+                return _json(200, {"success": True, "status": "alive"})
+            case "/_proxy/ready":
+                if self._ready():
+                    return _json(200, {"success": True, "status": "ready"})
+                return _json(503, {"success": False, "error": "not_ready", "msg": "starting, or shutting down"})
+            case "/_proxy/status":
+                return _json(200, {"success": True, **self._status(), "totals": self.counted.shown()})
+        msg = "nothing here; there are /_proxy/health, /_proxy/ready and /_proxy/status"
+        return _json(404, {"success": False, "error": "not_found", "msg": msg})
+
+
+class Totals:
+    """Counts since the start, from exchanges alone."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.sends = 0
+        self.refusals = 0
+        self.caches: Counter[str] = Counter()
+        self.codes: Counter[str] = Counter()
+
+    def observe(self, exchange: Exchange) -> None:
+        """Count one exchange."""
+        if exchange.effect == "admin":
+            return
+        self.requests += 1
+        self.sends += exchange.attempts
+        self.refusals += exchange.refusals
+        self.caches[exchange.cache.value] += 1
+        if exchange.code:
+            self.codes[exchange.code] += 1
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON."""
+        saved = self.caches[CacheStatus.HIT.value] + self.caches[CacheStatus.COLLAPSED.value]
+        return {
+            "requests": self.requests,
+            "sent_upstream": self.sends,
+            "refused_upstream": self.refusals,
+            "calls_saved": saved + self.caches[CacheStatus.STALE.value],
+            "cache": dict(self.caches),
+            "our_errors": dict(self.codes),
+        }
+
+
+class AccessLog:
+    """One line an exchange, as text or JSON. No key, no query, no body: there is none in an exchange."""
+
+    def __init__(self, level: str, form: str, wall: Callable[[], float], stream: TextIO | None = None) -> None:
+        self._wall = wall
+        self._stream = stream if stream is not None else sys.stderr
+        self.configure(level, form)
+
+    def configure(self, level: str, form: str) -> None:
+        """Other settings."""
+        self._on = level in ("debug", "info")
+        self._write = self._as_json if form == "json" else self._as_text
+
+    def observe(self, exchange: Exchange) -> None:
+        """Write its line."""
+        if self._on and exchange.effect != "admin":
+            self._stream.write(self._write(exchange))
+
+    def _as_text(self, exchange: Exchange) -> str:
+        cache = f"{exchange.cache.value}+stored" if exchange.stored else exchange.cache.value
+        end = f" code={exchange.code}" if exchange.code else ""
+        if exchange.refusals:
+            end += f" refused={exchange.refusals}"
+        if exchange.left:
+            end += " left"
+        return (
+            f"{clock_text(self._wall())} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
+            f"status={exchange.status} cache={cache} queued={exchange.queued * 1000:.0f}ms "
+            f"upstream={exchange.upstream * 1000:.0f}ms attempts={exchange.attempts}{end}\n"
+        )
+
+    def _as_json(self, exchange: Exchange) -> str:
+        return (
+            json.dumps(
+                {
+                    "at": round(self._wall(), 3),
+                    "event": "exchange",
+                    "method": exchange.method,
+                    "route": exchange.route,
+                    "effect": exchange.effect,
+                    "caller": exchange.caller,
+                    "status": exchange.status,
+                    "code": exchange.code or None,
+                    "cache": exchange.cache.value,
+                    "stored": exchange.stored,
+                    "queued_ms": round(exchange.queued * 1000, 1),
+                    "upstream_ms": round(exchange.upstream * 1000, 1),
+                    "total_ms": round(exchange.total * 1000, 1),
+                    "attempts": exchange.attempts,
+                    "refused": exchange.refusals,
+                    "bytes_out": exchange.bytes_out,
+                    "left": exchange.left,
+                }
+            )
+            + "\n"
+        )
+
+
+_second: tuple[int, str] = (0, "")
+
+
+def clock_text(wall: float) -> str:
+    """ISO 8601 in UTC with milliseconds; the part to the second is made once a second."""
+    global _second  # noqa: PLW0603 - a cache of one entry
+    whole = int(wall)
+    if _second[0] != whole:
+        from datetime import UTC, datetime
+
+        _second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
+    return f"{_second[1]}.{int((wall - whole) * 1000):03d}Z"
+
+
+class Events(logging.Formatter):
+    """The program's own events, in the form of the access log's lines."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._json = form == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        if self._json:
+            return json.dumps(
+                {"at": round(record.created, 3), "event": "log", "level": record.levelname.lower(), "msg": text}
+            )
+        return f"{clock_text(record.created)} {record.levelname.lower()}: {text}"
+
+    def formatException(self, ei: Any) -> str:
+        """Where it happened, without the exception's text or any value: those may hold a key."""
+        import traceback
+
+        kind, _, trace = ei
+        frames = [f"{f.filename.rpartition('/')[2]}:{f.lineno} {f.name}" for f in traceback.extract_tb(trace)]
+        return f"{kind.__name__ if kind else 'exception'} at " + " < ".join(reversed(frames))
+
+
+def _json(status: int, value: Mapping[str, Any]) -> Response:
+    body = json.dumps(value, indent=1).encode() + b"\n"
+    return Response(status, (("Content-Type", "application/json"), ("Cache-Control", "no-store")), body)

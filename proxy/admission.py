@@ -1,0 +1,652 @@
+"""A line for each bucket, one dispatcher for each upstream; slots in flight; learns from every answer.
+
+A turn is chosen only at the moment at which every bucket it needs has a token: then all are taken, or none. Nothing is
+reserved ahead and nothing polls: a dispatcher runs when something changed (somebody came or left, a call went out or
+was answered) or when its one timer says that the next bucket is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from types import TracebackType
+from typing import Any, Self
+
+from aiolimiter import AsyncLimiter
+
+from .clock import Clock
+from .policy.errors import Refusal
+from .policy.limiting import (
+    DEFAULT_INTERVAL,
+    EPSILON,
+    LONGEST_HEADER_BLOCK,
+    Bucket,
+    Ceiling,
+    Hint,
+    LimitRules,
+    Rate,
+    Send,
+    read_rate_headers,
+    read_refusal,
+)
+from .policy.messages import Response
+from .policy.queueing import Line, Place, QueueRules
+from .policy.routing import Effect, Route
+
+EVERYBODY = "*"
+"""The credential of a bucket that all keys share."""
+SLOW_START_ENDS = 64
+"""Calls in flight at which a credential's window no longer matters."""
+MOST_BUCKETS = 20_000
+SWEEP_EVERY = 60.0
+
+
+class Turn(Place):
+    """One request's wait for its turn, and its place for every further attempt."""
+
+    __slots__ = ("granted", "refusal", "returning", "waiter")
+
+    def __init__(self, number: int, deadline: float) -> None:
+        super().__init__(number, deadline)
+        self.waiter: asyncio.Future[None] | None = None
+        self.granted = False
+        self.refusal: Refusal | None = None
+        self.returning = False
+        """It had a turn before, and comes back to its old place."""
+
+
+class Account:
+    """What all routes of a credential share: a bucket, and a window of calls in flight that opens by and by."""
+
+    __slots__ = ("bucket", "in_flight", "waiting", "window")
+
+    def __init__(self, margin: float) -> None:
+        self.bucket = Bucket(Rate(0.0), margin)
+        self.in_flight = 0
+        self.waiting = 0
+        # One call, doubled with each answer that is not a 429: a limit not yet known is met by one call, not by thirty.
+        self.window = 1.0
+
+    def open(self) -> bool:
+        return self.in_flight < self.window or self.window >= SLOW_START_ENDS
+
+    def idle(self, now: float) -> bool:
+        return not self.in_flight and not self.waiting and self.bucket.idle(now)
+
+
+class _Queue(Line[Turn]):
+    """The line of one credential at one route, with the buckets that a call of it takes from."""
+
+    __slots__ = ("account", "buckets", "key", "listed", "out", "route", "rules", "shared", "version")
+
+    def __init__(self, key: tuple[str, str, str], route: Bucket, shared: Bucket, account: Account) -> None:
+        super().__init__()
+        self.key = key
+        self.route = route
+        self.shared = shared
+        self.account = account
+        self.buckets = (route, shared, account.bucket)
+        self.rules: tuple[Route, LimitRules] | None = None
+        """What its rate was made from."""
+        self.out = 0
+        """Turns granted and not yet closed."""
+        # Entries of the dispatcher's heaps with an older version are void.
+        self.version = 0
+        # The head's number under which it stands in the dispatcher's `ready`, or None.
+        self.listed: int | None = None
+
+    def due(self, now: float) -> float:
+        if not self.account.open():
+            return math.inf
+        return max(self.route.due(now), self.shared.due(now), self.account.bucket.due(now))
+
+
+class Limiter(AsyncLimiter):
+    """The ceiling over an upstream: aiolimiter as a meter, read and charged by our own dispatcher.
+
+    Its own waiters are not first come, first served, and it cannot say how long a wait will be; its arithmetic can.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, ceiling: Ceiling) -> None:
+        super().__init__(ceiling.burst, ceiling.burst * ceiling.per / ceiling.rate)
+
+    def delay(self) -> float:
+        """Seconds until a call may go; 0: now."""
+        self._leak()
+        wait = (1 - self.max_rate + self._level) / self._rate_per_sec
+        return wait if wait > EPSILON else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Calls a second in the long run."""
+        return self._rate_per_sec
+
+    def take(self) -> None:
+        """Charge one call; in the same tick as `delay() == 0`."""
+        self._level += 1
+
+    def give_back(self) -> None:
+        """A call that was charged was not sent."""
+        self._level = max(0.0, self._level - 1)
+
+    def retain(self, before: Limiter) -> None:
+        """Take over what was charged under other settings: a reload must not hand out a fresh burst."""
+        before._leak()
+        self._level, self._last_check = min(before._level, self.max_rate), before._last_check
+
+
+class Origin:
+    """One upstream's dispatcher. Owns its ceiling, its slots, and the lines that wait for it."""
+
+    def __init__(self, name: str, slots: int) -> None:
+        self.name = name
+        self.slots = slots
+        self.limiter: Limiter | None = None
+        self.in_flight = 0
+        self.waiting = 0
+        # (arrival number of the head, tie-break, line, its version), and the same by the time at which it is due.
+        self.ready: list[tuple[int, int, _Queue, int]] = []
+        self.timed: list[tuple[float, int, _Queue, int]] = []
+        self.timer: asyncio.TimerHandle | None = None
+
+    def set_ceiling(self, ceiling: Ceiling | None) -> None:
+        before, self.limiter = self.limiter, Limiter(ceiling) if ceiling is not None else None
+        if before is not None and self.limiter is not None:
+            self.limiter.retain(before)
+
+    def delay(self) -> float:
+        """Seconds until the ceiling and the slots let a call go; infinite: when one in flight has come back."""
+        if self.in_flight >= self.slots:
+            return math.inf
+        return self.limiter.delay() if self.limiter is not None else 0.0
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.name}: {self.waiting} waiting, {self.in_flight}/{self.slots} in flight>"
+
+
+@dataclass(slots=True)
+class Answered:
+    """What admission made of an answer."""
+
+    again: bool
+    """It was a 429 that waiting solves: come back with the same turn."""
+    hint: Hint | None = None
+
+
+class Ticket:
+    """A turn that came. Used as a context: whatever happens inside, its slot and its tokens are given back or charged."""
+
+    __slots__ = ("_admission", "_done", "_origin", "_queue", "granted_at", "route", "send", "sends")
+
+    def __init__(self, admission: Admission, origin: Origin, queue: _Queue, route: Route, now: float) -> None:
+        self._admission = admission
+        self._origin = origin
+        self._queue = queue
+        self._done = False
+        self.route = route
+        self.granted_at = now
+        self.send: Send | None = None
+        self.sends: tuple[Send, Send, Send] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def sent(self) -> None:
+        """The request's bytes go out now: the buckets' clocks start here. Further calls change nothing."""
+        if self.sends is None and not self._done:
+            now = self._admission.clock.now()
+            route, shared, account = (bucket.stamp(now) for bucket in self._queue.buckets)
+            self.send, self.sends = route, (route, shared, account)
+            self._admission.changed(self._origin, self._queue)
+
+    def answered(self, response: Response) -> Answered:
+        """Tell what came back, and learn from it; a refusal shuts its bucket for everybody in line."""
+        return self._admission.learn(self._origin, self._queue, self, response)
+
+    def close(self) -> None:
+        """Give back the slot, and the tokens if nothing was sent. Further calls change nothing."""
+        if self._done:
+            return
+        self._done = True
+        self._origin.in_flight -= 1
+        self._queue.account.in_flight -= 1
+        self._queue.out -= 1
+        if self.sends is None:
+            for bucket in self._queue.buckets:
+                bucket.give_back()
+            if self._origin.limiter is not None:
+                self._origin.limiter.give_back()
+        elif self.send is not None and self.send.accepted is None:
+            # No answer came, but none came at once either, as refusals do: its spacing is not in doubt.
+            for send in self.sends:
+                send.accepted = True
+        self._admission.changed(self._origin, self._queue)
+
+
+class Admission:
+    """Owns every bucket, line and slot. `repr` is the dashboard's line."""
+
+    def __init__(self, clock: Clock, limits: LimitRules, queue: QueueRules, slots: int = 100) -> None:
+        self.clock = clock
+        self.limits = limits
+        self.rules = queue
+        self.origins = {"api": Origin("api", slots), "serverless": Origin("serverless", slots)}
+        self._arrivals = itertools.count()
+        self._ties = itertools.count()
+        self._queues: dict[tuple[str, str, str], _Queue] = {}
+        self._buckets: dict[tuple[str, str, str], Bucket] = {}
+        self._accounts: dict[tuple[str, str], Account] = {}
+        # Lines that hold somebody, by the bucket they need: who must be looked at again when it changes.
+        self._users: dict[int, set[_Queue]] = {}
+        self._restored: dict[str, Mapping[str, Any]] = {}
+        self._swept = clock.now()
+        self.reconfigure(limits, queue, slots)
+
+    @property
+    def waiting(self) -> int:
+        return sum(origin.waiting for origin in self.origins.values())
+
+    @property
+    def in_flight(self) -> int:
+        return sum(origin.in_flight for origin in self.origins.values())
+
+    def __repr__(self) -> str:
+        return f"<Admission {self.waiting} waiting, {self.in_flight} in flight, {len(self._queues)} lines>"
+
+    # --- Coming and going ---------------------------------------------------------------------------------------------
+
+    def arrive(self, waits: float | None = None) -> Turn:
+        """A place by arrival, with the deadline until which it may wait (seconds; by default `queue.max_wait`)."""
+        return Turn(next(self._arrivals), self.clock.now() + (self.rules.max_wait if waits is None else waits))
+
+    async def turn(self, turn: Turn, route: Route, credential: str, *, deadline: float | None = None) -> Ticket:
+        """Wait for the turn, in the place of its arrival. Call it again with the same `turn` for a further attempt.
+
+        Raises Refusal: `queue_full`, or `wait_too_long` when the turn would not come, or has not come, before the
+        deadline (monotonic seconds; by default the turn's own).
+        """
+        now = self.clock.now()
+        origin = self.origins[route.upstream]
+        until = turn.deadline if deadline is None else min(deadline, turn.deadline)
+        queue = self._queue(route, credential)
+        expected = self._expected(origin, queue, now, returning=turn.returning)
+        if expected > until:
+            raise too_long(queue, expected - now, until - now)
+        if self.waiting >= self.rules.max_waiting:
+            raise Refusal(429, "queue_full", f"{self.waiting} requests are waiting already; try again later", 30)
+        turn.returning = True
+        waiting = Turn(turn.number, until)
+        self._join(origin, queue, waiting)
+        if waiting.refusal is not None:
+            raise waiting.refusal
+        if not waiting.granted:
+            await self._wait(origin, queue, waiting, route)
+        return Ticket(self, origin, queue, route, self.clock.now())
+
+    def _join(self, origin: Origin, queue: _Queue, waiting: Turn) -> None:
+        queue.join(waiting)
+        origin.waiting += 1
+        queue.account.waiting += 1
+        for bucket in queue.buckets:
+            self._users.setdefault(id(bucket), set()).add(queue)
+        if queue.head() is waiting:
+            self._ready(origin, queue)
+            self._dispatch(origin)
+
+    async def _wait(self, origin: Origin, queue: _Queue, waiting: Turn, route: Route) -> None:
+        waiting.waiter = asyncio.get_running_loop().create_future()
+        timer = None
+        if waiting.deadline < math.inf:
+            timer = self.clock.call_at(waiting.deadline, lambda: self._late(origin, queue, waiting))
+        try:
+            await waiting.waiter
+        except asyncio.CancelledError:
+            # The turn may have come, or been refused, in the very tick in which the caller left.
+            if waiting.granted:
+                Ticket(self, origin, queue, route, self.clock.now()).close()
+            elif not waiting.left:
+                self._leave(origin, queue, waiting)
+                self._dispatch(origin)
+            elif not waiting.waiter.cancelled():
+                waiting.waiter.exception()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            waiting.waiter = None
+
+    def expected(self, route: Route, credential: str) -> float:
+        """Seconds that a request arriving now would wait for its turn: an estimate."""
+        now = self.clock.now()
+        return max(0.0, self._expected(self.origins[route.upstream], self._queue(route, credential), now) - now)
+
+    # --- The dispatcher -----------------------------------------------------------------------------------------------
+
+    def changed(self, origin: Origin, queue: _Queue) -> None:
+        """A bucket or a slot of that line changed: look again at every line that needs one of them."""
+        for bucket in queue.buckets:
+            for user in self._users.get(id(bucket), ()):
+                self._ready(origin, user)
+        self._dispatch(origin)
+
+    def _ready(self, origin: Origin, queue: _Queue) -> None:
+        head = queue.head()
+        if head is None or queue.listed == head.number:
+            return
+        queue.version += 1
+        queue.listed = head.number
+        heappush(origin.ready, (head.number, next(self._ties), queue, queue.version))
+
+    def _dispatch(self, origin: Origin) -> None:
+        """Grant every turn that can be granted now, oldest arrival first; set the timer for the next."""
+        now = self.clock.now()
+        while origin.timed and origin.timed[0][0] <= now + EPSILON:
+            _, _, queue, version = heappop(origin.timed)
+            if version == queue.version:
+                self._ready(origin, queue)
+        wake = math.inf
+        while origin.ready:
+            _, _, queue, version = origin.ready[0]
+            head = queue.head() if version == queue.version else None
+            if head is None:
+                heappop(origin.ready)
+                if version == queue.version:
+                    queue.listed = None
+                continue
+            if queue.due(now) > now + EPSILON:
+                self._park(origin, queue, head, now)
+                continue
+            wait = origin.delay()
+            if wait > 0:
+                wake = now + wait
+                break
+            heappop(origin.ready)
+            queue.listed = None
+            self._grant(origin, queue)
+            self._ready(origin, queue)
+        if len(origin.timed) > 64 + 4 * len(self._queues):
+            origin.timed = [entry for entry in origin.timed if entry[3] == entry[2].version]
+            heapify(origin.timed)
+        if origin.timed:
+            wake = min(wake, origin.timed[0][0])
+        if origin.timer is not None:
+            origin.timer.cancel()
+            origin.timer = None
+        if wake < math.inf:
+            origin.timer = self.clock.call_at(wake, lambda: self._dispatch(origin))
+
+    def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> None:
+        """Its turn has not come: out of `ready`, until it is due, or until something changes if that is not known."""
+        heappop(origin.ready)
+        queue.listed = None
+        queue.version += 1
+        due = queue.due(now)
+        if due == math.inf:
+            return
+        if due > head.deadline:
+            self._turn_away(origin, queue, head, too_long(queue, due - now, head.deadline - now))
+            self._ready(origin, queue)
+            return
+        heappush(origin.timed, (due, next(self._ties), queue, queue.version))
+
+    def _grant(self, origin: Origin, queue: _Queue) -> None:
+        turn = queue.pop()
+        turn.granted = True
+        self._waits_no_more(origin, queue)
+        origin.in_flight += 1
+        queue.account.in_flight += 1
+        queue.out += 1
+        for bucket in queue.buckets:
+            bucket.grant()
+        if origin.limiter is not None:
+            origin.limiter.take()
+        if turn.waiter is not None:
+            turn.waiter.set_result(None)
+
+    def _leave(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
+        queue.leave(turn)
+        self._waits_no_more(origin, queue)
+        self._ready(origin, queue)
+
+    def _turn_away(self, origin: Origin, queue: _Queue, turn: Turn, refusal: Refusal) -> None:
+        queue.leave(turn)
+        self._waits_no_more(origin, queue)
+        turn.refusal = refusal
+        if turn.waiter is not None:
+            turn.waiter.set_exception(refusal)
+
+    def _waits_no_more(self, origin: Origin, queue: _Queue) -> None:
+        origin.waiting -= 1
+        queue.account.waiting -= 1
+        if not queue:
+            for bucket in queue.buckets:
+                users = self._users.get(id(bucket))
+                if users is not None:
+                    users.discard(queue)
+                    if not users:
+                        del self._users[id(bucket)]
+
+    def _late(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
+        """The deadline came before the turn."""
+        if turn.waiter is None or turn.waiter.done():
+            return
+        now = self.clock.now()
+        wait = self._expected(origin, queue, now) - now
+        self._turn_away(origin, queue, turn, too_long(queue, wait, 0.0))
+        self._ready(origin, queue)
+        self._dispatch(origin)
+
+    def _expected(self, origin: Origin, queue: _Queue, now: float, *, returning: bool = False) -> float:
+        """When a turn taken now would come, by who is before it; one who comes back has nobody before."""
+        ahead = 0 if returning else len(queue)
+        when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead))
+        account = queue.account.bucket
+        if account.spacing > 0:
+            rivals = 0 if returning else max(0, len(self._users.get(id(account), ())) - 1)
+            when = max(when, account.eta(now, ahead + rivals))
+        if origin.limiter is not None and not returning:
+            when = max(when, now + origin.limiter.delay() + len(origin.ready) / origin.limiter.rate)
+        return when
+
+    # --- Learning -----------------------------------------------------------------------------------------------------
+
+    def learn(self, origin: Origin, queue: _Queue, ticket: Ticket, response: Response) -> Answered:
+        """Take in one answer: whose limit it met, what that says of it, and who must wait for it."""
+        ticket.sent()  # an answer is proof, should the transport not have told
+        assert ticket.sends is not None
+        now, wall = self.clock.now(), self.clock.wall()
+        sends = ticket.sends
+        hint = None
+        if response.status == 429:
+            hint = read_refusal(response.headers, response.body, wall)
+        if hint is None or hint.kind != "rate" or ticket.route.pass_429:
+            for bucket, send in zip(queue.buckets, sends, strict=True):
+                bucket.accepted(send, now)
+            if queue.account.window < SLOW_START_ENDS:
+                queue.account.window *= 2
+            self._observe(queue, ticket.route, sends, response, wall)
+            self.changed(origin, queue)
+            return Answered(False, hint)
+        self._blame(queue, sends, hint, now)
+        self.changed(origin, queue)
+        return Answered(True, hint)
+
+    def _blame(self, queue: _Queue, sends: tuple[Send, Send, Send], hint: Hint, now: float) -> None:
+        """Whose 429 was it: the route's, the route's for all keys together, or the account's?"""
+        route, shared, account = sends
+        for send in sends:
+            send.accepted = True  # but for the one that is to blame
+        others_called = shared.gap < route.gap and shared.gap < queue.shared.interval
+        if queue.shared.enforced:
+            queue.shared.refused(shared, hint, now)
+        elif queue.route.explains(route):
+            queue.route.refused(route, hint, now)
+        elif others_called and self.limits.scope == "auto":
+            queue.shared.enforce(now)
+            queue.shared.refused(shared, hint, now)
+        elif hint.threshold is not None:
+            # It speaks of this endpoint, so somebody else calls it with the same key.
+            queue.route.refused(route, hint, now)
+        else:
+            # The route had been left alone for long enough, so it is what all routes share.
+            queue.account.window = 1.0
+            queue.account.bucket.refused(account, hint, now)
+
+    def _observe(
+        self, queue: _Queue, route: Route, sends: tuple[Send, Send, Send], response: Response, wall: float
+    ) -> None:
+        seen = read_rate_headers(response.headers, wall)
+        if seen is None:
+            return
+        ours = queue.route.observe(
+            sends[0], seen, queue.account.bucket.sends, may_raise=route.effect is not Effect.SPEND
+        )
+        if not ours and seen.remaining < 1 and seen.limit != queue.route.capacity:
+            account = queue.account.bucket
+            wait = min(seen.reset_in if seen.reset_in is not None else DEFAULT_INTERVAL, LONGEST_HEADER_BLOCK)
+            account.shut(sends[2].at + wait)
+
+    # --- Buckets ------------------------------------------------------------------------------------------------------
+
+    def reconfigure(self, limits: LimitRules, queue: QueueRules, slots: int) -> None:
+        """Other settings: what was learned and what is owed stay."""
+        self.limits, self.rules = limits, queue
+        self.origins["api"].set_ceiling(limits.global_)
+        self.origins["serverless"].set_ceiling(limits.serverless)
+        for bucket in self._buckets.values():
+            bucket.base_margin = limits.margin
+        for origin in self.origins.values():
+            origin.slots = slots
+            self._dispatch(origin)
+
+    def _queue(self, route: Route, credential: str) -> _Queue:
+        who = EVERYBODY if self.limits.scope == "ip" else credential
+        key = (who, route.upstream, route.name)
+        queue = self._queues.get(key)
+        if queue is None:
+            self._sweep()
+            account = self._accounts.get((who, route.upstream))
+            if account is None:
+                account = self._accounts[who, route.upstream] = Account(self.limits.margin)
+                self._restore_account(f"{who} {route.upstream} account", account)
+            base = self._rate(route)
+            mine = self._bucket(key, base, enforced=True)
+            if who == EVERYBODY:
+                shared = Bucket(base, self.limits.margin, enforced=False)
+            else:
+                shared = self._bucket((EVERYBODY, *key[1:]), base, enforced=False)
+            queue = self._queues[key] = _Queue(key, mine, shared, account)
+        elif queue.rules != (route, self.limits):
+            queue.route.base = queue.shared.base = self._rate(route)  # settings were reloaded
+        queue.rules = (route, self.limits)
+        return queue
+
+    def _rate(self, route: Route) -> Rate:
+        interval = DEFAULT_INTERVAL if route.interval is None else route.interval
+        if route.overridden:
+            return Rate(interval, route.capacity, route.penalty, "configured")
+        source = "default" if route.interval is None else "documented"
+        return Rate(interval * self.limits.scale, route.capacity, route.penalty, source)
+
+    def _bucket(self, key: tuple[str, str, str], base: Rate, *, enforced: bool) -> Bucket:
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = Bucket(base, self.limits.margin, enforced=enforced)
+            kept = self._restored.pop(" ".join(key), None)
+            if kept is not None:
+                bucket.load(kept, self.clock.now(), self.clock.wall())
+                bucket.enforced = enforced or kept.get("enforced") is True
+        return bucket
+
+    def _restore_account(self, key: str, account: Account) -> None:
+        kept = self._restored.pop(key, None)
+        if kept is not None:
+            account.bucket.load(kept, self.clock.now(), self.clock.wall())
+            account.window = SLOW_START_ENDS if kept.get("known") is True else 1.0
+
+    def _sweep(self) -> None:
+        """Forget lines, buckets and accounts that know nothing, now and then: callers who left cost nothing."""
+        now = self.clock.now()
+        if now - self._swept < (SWEEP_EVERY if len(self._buckets) < MOST_BUCKETS else 1.0):
+            return
+        self._swept = now
+        self._queues = {
+            key: queue for key, queue in self._queues.items() if queue or queue.out or not queue.route.idle(now)
+        }
+        used = {id(bucket) for queue in self._queues.values() for bucket in queue.buckets}
+        self._buckets = {k: b for k, b in self._buckets.items() if id(b) in used or not b.idle(now)}
+        self._accounts = {
+            key: account
+            for key, account in self._accounts.items()
+            if id(account.bucket) in used or not account.idle(now)
+        }
+
+    # --- Kept over a restart, and shown -------------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """What was learned and what is owed, as JSON: keys are digests and templates."""
+        now, wall = self.clock.now(), self.clock.wall()
+        kept: dict[str, Any] = dict(self._restored)
+        for key, bucket in self._buckets.items():
+            state = bucket.dump(now, wall)
+            if key[0] == EVERYBODY and bucket.enforced:
+                state["enforced"] = True
+            if state and (bucket.enforced or "interval" in state):
+                kept[" ".join(key)] = state
+        for (who, upstream), account in self._accounts.items():
+            state = account.bucket.dump(now, wall)
+            if account.window >= SLOW_START_ENDS:
+                state["known"] = True
+            if state:
+                kept[f"{who} {upstream} account"] = state
+        return kept
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take over what `dump` gave; each bucket does when it is first used."""
+        self._restored = {key: state for key, state in kept.items() if isinstance(state, dict)}
+
+    def limits_known(self) -> Iterable[dict[str, Any]]:
+        """Every bucket in use, for people: what it allows, where that is from, when it is next due."""
+        now = self.clock.now()
+        for (who, upstream, template), bucket in sorted(self._buckets.items()):
+            if bucket.enforced and (bucket.sends or bucket.source == "learned"):
+                yield _shown(who, upstream, template, bucket, now) | {
+                    "waiting": len(self._queues.get((who, upstream, template), ()))
+                }
+        for (who, upstream), account in sorted(self._accounts.items()):
+            yield _shown(who, upstream, "account", account.bucket, now) | {
+                "waiting": account.waiting,
+                "in_flight": account.in_flight,
+                "window": None if account.window >= SLOW_START_ENDS else int(account.window),
+            }
+
+
+def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -> dict[str, Any]:
+    due = bucket.due(now)
+    return {
+        "credential": who[:8],
+        "upstream": upstream,
+        "route": template,
+        "interval": round(bucket.interval, 4),
+        "capacity": bucket.capacity,
+        "margin": round(bucket.margin, 4),
+        "source": bucket.source,
+        "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
+        "sends": bucket.sends,
+        "correction": bucket.correction,
+    }
+
+
+def too_long(queue: _Queue, wait: float, bound: float) -> Refusal:
+    """Refused at once, or at the deadline: the turn will not come in time."""
+    msg = f"The turn of {queue.key[2]} would come in about {max(0.0, wait):.0f} s, later than it may wait; come back then"
+    return Refusal(429, "wait_too_long", msg, max(1.0, wait - max(0.0, bound)))

@@ -1,0 +1,251 @@
+"""Wiring and lifespan: builds everything once, reloads settings, keeps what was learned, shuts down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .admin import AccessLog, Admin, Events
+from .admission import Admission
+from .clock import Clock
+from .pipeline import Pipeline
+from .server import Server
+from .settings import Listen, LogRules, Settings, SettingsError
+from .store import MemoryStore
+from .upstream import Upstream
+
+log = logging.getLogger(__name__)
+SAVE_EVERY = 2.0
+"""Seconds between two writes of the state file, while there is something to write."""
+GRACE = 30.0
+"""Seconds that what is under way has to end when the proxy is told to stop."""
+
+
+class App:
+    """One running proxy. Owns all parts and their order of coming and going."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        wall: Callable[[], float] = time.time,
+        tls: ssl.SSLContext | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """Inside a running loop. `wall`, `tls` and `chance` are for tests: the date, whom to trust, the jitter."""
+        self.settings = settings
+        self.clock = Clock(wall)
+        self._tls = tls
+        self._state = StateFile(settings.state.file)
+        self.admission = Admission(self.clock, settings.limits, settings.queue, settings.upstreams.max_connections)
+        self.admission.restore(self._state.read())
+        self.store = MemoryStore(self.clock, settings.cache.max_bytes)
+        self.upstream = Upstream(settings.upstreams, tls)
+        self.pipeline = Pipeline(settings, self.clock, self.store, self.admission, self.upstream, chance)
+        self.admin = Admin(self._status, lambda: self._ready)
+        self.access = AccessLog(settings.log.level, settings.log.format, wall)
+        self.server = Server(
+            self.clock, settings.server, self.pipeline, self.admin, (self.access.observe, self.admin.counted.observe)
+        )
+        self._ready = False
+        self._started = self.clock.now()
+        self._listener: asyncio.Server | None = None
+        self._saver: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self.address = settings.listen
+
+    async def start(self) -> None:
+        """Listen. Raises OSError when the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        listen = self.settings.listen
+        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=1024)
+        port = self._listener.sockets[0].getsockname()[1]
+        self.address = Listen(listen.host, port)
+        self._saver = asyncio.create_task(self._save_now_and_then())
+        self._ready = True
+
+    async def stop(self, grace: float = GRACE) -> None:
+        """Stop listening, let what is under way end within `grace` seconds, keep what was learned."""
+        self._ready = False
+        if self._listener is not None:
+            self._listener.close()
+        self.server.pre_shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                while self.pipeline.flights or any(c._request_in_progress for c in self.server.connections):
+                    await self.clock.sleep(0.05)
+        await self.server.shutdown(0.5)
+        if self._saver is not None:
+            self._saver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._saver
+        self._state.write(self.admission.dump())
+        await self.upstream.close()
+
+    def reload(self, settings: Settings) -> list[str]:
+        """Put other settings in force for every request from now on. Names those that need a restart."""
+        kept: list[str] = []
+        before, self.settings = self.settings, settings
+        if before.listen != settings.listen:
+            kept.append("listen")
+        if before.state != settings.state:
+            kept.append("state.file")
+        if before.server.keepalive != settings.server.keepalive:
+            kept.append("server.keepalive")
+        if before.upstreams != settings.upstreams:
+            old, self.upstream = self.upstream, Upstream(settings.upstreams, self._tls)
+            self.pipeline.upstream = self.upstream
+            self._close_later(old)
+        self.admission.reconfigure(settings.limits, settings.queue, settings.upstreams.max_connections)
+        self.store.resize(settings.cache.max_bytes)
+        self.access.configure(settings.log.level, settings.log.format)
+        self.pipeline.settings = settings
+        return kept
+
+    def _close_later(self, upstream: Upstream) -> None:
+        async def close() -> None:
+            await self.clock.sleep(self.settings.upstreams.read_timeout or 600.0)
+            await upstream.close()
+
+        task = asyncio.create_task(close())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _save_now_and_then(self) -> None:
+        while True:
+            await self.clock.sleep(SAVE_EVERY)
+            state = self.admission.dump()
+            if self._state.differs(state):
+                await asyncio.to_thread(self._state.write, state)
+
+    def _status(self) -> Mapping[str, Any]:
+        return {
+            "version": __version__,
+            "uptime": round(self.clock.now() - self._started, 1),
+            "settings": self.settings.source,
+            "upstreams": {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless},
+            "waiting": self.admission.waiting,
+            "in_flight": self.admission.in_flight,
+            "flights": len(self.pipeline.flights),
+            "cache": {"entries": self.store.entries, "bytes": self.store.size, "max_bytes": self.store.max_bytes},
+            "limits": list(self.admission.limits_known()),
+        }
+
+
+class StateFile:
+    """What was learned, kept over a restart. Written whole or not at all; a damaged one is set aside."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._written: dict[str, Any] | None = None
+
+    def read(self) -> Mapping[str, Any]:
+        """The buckets as they were dumped, or nothing, with a warning if there was something that could not be read."""
+        if self.path is None:
+            return {}
+        try:
+            found = json.loads(self.path.read_bytes())
+            buckets = found["buckets"]
+            if found["version"] != 1 or not isinstance(buckets, dict):
+                raise ValueError("not a state file of this version")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            log.warning("state file %s cannot be read (%s): starting without what was learned", self.path, error.strerror)
+            return {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            aside = self.path.with_suffix(".damaged")
+            with contextlib.suppress(OSError):
+                self.path.replace(aside)
+            log.warning("state file %s is damaged: set aside as %s, starting without what was learned", self.path, aside)
+            return {}
+        return buckets
+
+    def differs(self, buckets: Mapping[str, Any]) -> bool:
+        """Is there something to write?"""
+        return self.path is not None and buckets != self._written
+
+    def write(self, buckets: dict[str, Any]) -> None:
+        """Put it in the place of what was there, in one step; readable by its owner only."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".state-")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump({"version": 1, "buckets": buckets}, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).replace(self.path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+            self._written = buckets
+        except OSError as error:
+            if self._written is not None or not buckets:
+                log.debug("state file %s cannot be written: %s", self.path, error.strerror)
+            else:
+                log.warning("state file %s cannot be written (%s): nothing will be remembered", self.path, error.strerror)
+                self._written = {}
+
+
+def configure_logging(rules: LogRules) -> None:
+    """Events of the program go to standard error, in the form of the settings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Events(rules.format))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("proxy").setLevel(rules.level.upper())
+
+
+async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
+    configure_logging(settings.log)
+    app = App(settings)
+    try:
+        await app.start()
+    except BaseException:
+        await app.upstream.close()
+        raise
+    url = f"http://{app.address}"
+    print(f"vast-proxy {__version__} listens on {url} for {settings.upstreams.api}", flush=True)
+    print(f"Point clients at it:  export VAST_URL={url}", flush=True)
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def on_stop() -> None:
+        if stopping.is_set():
+            os._exit(130)
+        stopping.set()
+
+    def on_reload() -> None:
+        try:
+            fresh = reload()
+        except SettingsError as error:
+            log.error("not reloaded, the settings in force stay:\n%s", error)
+            return
+        configure_logging(fresh.log)
+        kept = app.reload(fresh)
+        log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, on_reload)
+    await stopping.wait()
+    log.info("stopping: what is under way may end")
+    await app.stop()

@@ -1,0 +1,104 @@
+"""One upstream call for equal questions asked at once.
+
+A flight belongs to itself, not to who began it: it runs as a task of its own, whoever leaves takes nobody down, and
+when the last one leaves it is cancelled, unless what was sent must be finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Flight(Generic[T]):
+    """One call under way and those who wait for it."""
+
+    __slots__ = ("keep", "members", "task", "taken")
+
+    def __init__(self) -> None:
+        self.members = 0
+        self.keep = False
+        """Set by the call itself: finish it, also when nobody waits any more."""
+        self.taken = False
+        self.task: asyncio.Task[T]
+
+
+class Coalescer(Generic[T]):
+    """Owns all flights: those with a key can be joined until they land."""
+
+    def __init__(self, single: Callable[[T], bool], discard: Callable[[T], None]) -> None:
+        """`single`: only one member can have this result; `discard` frees one that nobody has taken."""
+        self._single = single
+        self._discard = discard
+        self._flights: dict[str, Flight[T]] = {}
+        self._tasks: set[asyncio.Task[T]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Coalescer {len(self._tasks)} flights, {sum(f.members for f in self._flights.values())} members>"
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def join(self, key: str | None, call: Callable[[Flight[T]], Coroutine[object, object, T]]) -> tuple[T | None, bool]:
+        """The result, and whether it is another's. None for a follower whose result only one could have: go alone.
+
+        Without a key the call is nobody else's, but outlives its caller all the same. Raises what `call` raises.
+        """
+        flight = self._flights.get(key) if key is not None else None
+        collapsed = flight is not None
+        if flight is None:
+            flight = Flight()
+            flight.task = asyncio.ensure_future(self._run(key, flight, call))
+            self._tasks.add(flight.task)
+            if key is not None:
+                self._flights[key] = flight
+        flight.members += 1
+        try:
+            result = await asyncio.shield(flight.task)
+            if not self._single(result):
+                return result, collapsed
+            if flight.taken:
+                return None, collapsed
+            flight.taken = True
+            return result, collapsed
+        finally:
+            flight.members -= 1
+            if not flight.members:
+                self._deserted(key, flight)
+
+    async def finish(self) -> None:
+        """Wait until every flight has landed."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _run(self, key: str | None, flight: Flight[T], call: Callable[[Flight[T]], Coroutine[object, object, T]]) -> T:
+        try:
+            return await call(flight)
+        finally:
+            # Before anybody is woken: who comes from now on must not join what has landed.
+            if key is not None and self._flights.get(key) is flight:
+                del self._flights[key]
+            self._tasks.discard(flight.task)
+
+    def _deserted(self, key: str | None, flight: Flight[T]) -> None:
+        task = flight.task
+        if not task.done():
+            if flight.keep:
+                task.add_done_callback(lambda done: self._landed(flight, done))
+                return
+            # Nobody may join what is about to be cancelled.
+            if key is not None and self._flights.get(key) is flight:
+                del self._flights[key]
+            task.cancel()
+        else:
+            self._landed(flight, task)
+
+    def _landed(self, flight: Flight[T], task: asyncio.Task[T]) -> None:
+        """With nobody there to hear it, or only after the last one had left."""
+        if task.cancelled() or flight.members:
+            return
+        if task.exception() is None and self._single(task.result()) and not flight.taken:
+            self._discard(task.result())

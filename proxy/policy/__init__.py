@@ -1,0 +1,1 @@
+"""Where decisions are made: no await, no clock, no chance, no network."""

@@ -1,0 +1,88 @@
+"""Who asks: one digest of every way in which a request can carry a key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from .messages import Headers, Request
+
+ANONYMOUS = "anonymous"
+KEY_FIELDS = frozenset({"api_key"})
+"""Names of the query parameter and of the JSON field in which clients send the key as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose limits, epochs and answers these are. Holds no key, only its digest."""
+
+    credential: str
+    """Digest of the key; `anonymous` without one. Equal for a key given by header, query or body."""
+
+    @property
+    def label(self) -> str:
+        """Short enough for a log line."""
+        return self.credential[:8]
+
+
+def identify(request: Request) -> Caller:
+    """The caller of a request, by Authorization, `?api_key=`, the body's `api_key`, and Cookie.
+
+    A key given twice is one identity, as the clients do it; two different keys in one request are an identity of their
+    own, since it is not known which of them the endpoint will believe.
+    """
+    found: dict[str, list[str]] = {}
+    cookies: list[str] = []
+    for name, value in request.headers:
+        lowered = name.lower()
+        if lowered == "authorization":
+            found.setdefault(_bare(value), []).append("header")
+        elif lowered == "cookie":
+            cookies.append(value)
+    _, _, query = request.target.partition("?")
+    if query:
+        for key in _from_query(query):
+            found.setdefault(key, []).append("query")
+    if request.body:
+        for key in _from_body(request.headers, request.body):
+            found.setdefault(key, []).append("body")
+    found.pop("", None)
+    if not found and not cookies:
+        return Caller(ANONYMOUS)
+    if len(found) == 1 and not cookies:
+        return Caller(digest(next(iter(found))))
+    # Several keys, or a session beside the key: every value counts, and where it stood.
+    return Caller(digest(json.dumps([sorted((key, sorted(set(places))) for key, places in found.items()), cookies])))
+
+
+def digest(secret: str) -> str:
+    """What may be shown and kept of a key: 64 bits of its SHA-256, which no key of full length can be guessed from."""
+    return hashlib.sha256(b"vast-proxy credential\0" + secret.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _bare(authorization: str) -> str:
+    scheme, _, token = authorization.strip().partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else authorization.strip()
+
+
+def _from_query(query: str) -> list[str]:
+    if "api" not in query and "%" not in query:
+        return []
+    return [value for name, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape") if name in KEY_FIELDS]
+
+
+def _from_body(headers: Headers, body: bytes) -> list[str]:
+    # A backslash may hide the name ("api\u005fkey"), so only its absence proves that there is none.
+    if b"api_key" not in body and b"\\u" not in body and b"%" not in body:
+        return []
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        if body.lstrip()[:1] in (b"{", b"["):
+            return []
+        return _from_query(body.decode("utf-8", "surrogateescape"))
+    if not isinstance(fields, dict):
+        return []
+    return [str(value) for name, value in fields.items() if name in KEY_FIELDS and value is not None]

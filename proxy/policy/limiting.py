@@ -1,0 +1,550 @@
+"""The vendor's token buckets as we count them, and what an answer teaches about them.
+
+A bucket is kept as a theoretical arrival time (GCRA): `tat` is when it would be full again if nothing more were sent,
+so one number holds the tokens left, a debt, and how long it stays shut. All times are monotonic seconds handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+from .messages import Headers, header
+from .units import Fraction, Positive, Seconds
+
+EPSILON = 1e-6
+"""Seconds: less is no wait. A float's rounding must not become a timer that fires for ever."""
+DEFAULT_INTERVAL = 1.0
+"""Seconds between calls of an endpoint whose interval nobody documented."""
+NAMED_FOR = 24 * 3600.0
+"""Seconds for which an interval that the vendor itself named is believed."""
+GUESSED_FOR = 3600.0
+"""Seconds for which an interval found by trial is believed: the cause may have been somebody else's calls."""
+SETTLED = 0.12
+"""A guess is good enough once the longest refused and the shortest accepted gap are this close (a fraction)."""
+LONGEST_GUESS = 120.0
+MARGIN_STEP, MARGIN_MAX, MARGIN_DECAY = 0.02, 0.5, 0.02
+LONGEST_HEADER_BLOCK = 10.0
+"""Seconds: what a header on an accepted answer may shut at most; it does not say which layer it speaks of."""
+MAX_429 = 20
+"""Refusals that one request may meet before it is given up, whatever its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """At most `rate` calls each `per` seconds, after a burst of at most `burst`."""
+
+    rate: Positive = 2.0
+    per: Seconds = 1.0
+    burst: Positive = 5.0
+
+    def __post_init__(self) -> None:
+        if self.per <= 0:
+            raise ValueError("per: expected a duration > 0")
+        if self.burst < 1:
+            raise ValueError("burst: expected a number >= 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitRules:
+    """How fast to call: `limits` in the settings."""
+
+    global_: Ceiling | None = Ceiling()
+    """Ceiling over everything sent to the API upstream; null turns it off."""
+    serverless: Ceiling | None = None
+    """The same for the serverless upstream: off, as it takes inference-time traffic."""
+    scale: Positive = 1.0
+    """Multiplies every documented and default interval; learned ones stay as learned."""
+    scope: Literal["auto", "key", "ip"] = "auto"
+    """What the vendor counts by: auto starts with the key and learns; ip counts all keys together."""
+    margin: Fraction = 0.01
+    """Added to every interval, as a fraction of it, against jitter on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a bucket allows: one token each `interval` seconds, `capacity` of them at most."""
+
+    interval: float
+    capacity: int = 1
+    penalty: float = 0.0
+    """Tokens that each refusal costs, where it is documented."""
+    source: str = "default"
+    """configured, learned, documented or default."""
+
+
+# --- What an answer says ----------------------------------------------------------------------------------------------
+
+_THRESHOLD = re.compile(r"endpoint threshold=([0-9]+(?:\.[0-9]+)?)(?:\*([0-9]+(?:\.[0-9]+)?))?")
+_TFA_CODES = frozenset({"tfa_locked", "sms_rate_limited", "preauth_phone_cap", "twilio_rate_limited"})
+_LONGEST_HINT = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A 429, read: which kind it is and what it says of the wait."""
+
+    kind: Literal["rate", "quota", "final"] = "rate"
+    """rate: solved by waiting. quota: the daily search quota. final: never tried again (invitations, 2FA)."""
+    threshold: float | None = None
+    """Seconds between calls, as the vendor names them for this endpoint."""
+    retry_after: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RateHeaders:
+    """X-RateLimit-* of one answer. They do not say which layer they speak of."""
+
+    limit: float
+    remaining: float
+    reset_in: float | None
+    """Seconds until Reset, measured against the answer's own Date and rounded up: both have whole seconds."""
+
+
+def decoded(headers: Headers, body: bytes, most: int = 8 * 1024 * 1024) -> bytes | None:
+    """The body without its content coding, or None if it is unknown, damaged, or larger than `most` bytes."""
+    coding = (header(headers, "content-encoding") or "identity").strip().lower()
+    if coding in ("identity", ""):
+        return body if len(body) <= most else None
+    if coding in ("gzip", "x-gzip"):
+        wbits = 31
+    elif coding == "deflate":
+        # "deflate" is zlib (RFC 9110 8.4.1.2), but some servers send it raw.
+        wbits = 15 if body[:1] == b"\x78" else -15
+    else:
+        return None
+    inflater = zlib.decompressobj(wbits)
+    try:
+        plain = inflater.decompress(body, most)
+    except zlib.error:
+        return None
+    return plain if inflater.eof and not inflater.unused_data else None
+
+
+def read_refusal(headers: Headers, body: bytes, wall: float) -> Hint:
+    """What a 429 says, in any of the forms met: text, `detail`, `msg`, `retry_after`, headers. `wall`: epoch seconds."""
+    text, fields = _fields(headers, body)
+    code = fields.get("error")
+    if code == "search_quota_exceeded":
+        return Hint(kind="quota")
+    if code in _TFA_CODES or "invitation already sent" in text:
+        return Hint(kind="final")
+    named = _THRESHOLD.search(text)
+    threshold = float(named[1]) * float(named[2] or 1) if named else None
+    waits = [_retry_after(header(headers, "retry-after"), headers, wall), _number(fields.get("retry_after"))]
+    known = [wait for wait in waits if wait is not None]
+    limit = _number(fields.get("limit"))
+    if limit is None:
+        limit = _number(header(headers, "x-ratelimit-limit"))
+    return Hint(threshold=threshold or None, retry_after=max(known) if known else None, limit=limit)
+
+
+def read_rate_headers(headers: Headers, wall: float) -> RateHeaders | None:
+    """X-RateLimit-* of any answer, or None unless Limit and Remaining are there and are numbers."""
+    limit, remaining = _number(header(headers, "x-ratelimit-limit")), _number(header(headers, "x-ratelimit-remaining"))
+    if limit is None or remaining is None or limit < 1:
+        return None
+    reset = _number(header(headers, "x-ratelimit-reset"))
+    reset_in = None
+    if reset is not None:
+        reset_in = min(max(0.0, math.ceil(reset - _date(headers, wall)) + 1.0), _LONGEST_HINT)
+    return RateHeaders(limit, min(remaining, limit), reset_in)
+
+
+def _fields(headers: Headers, body: bytes) -> tuple[str, Mapping[str, Any]]:
+    plain = decoded(headers, body, 64 * 1024) or b""
+    text = plain.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text, {}
+    return text, value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    """A finite number >= 0 from JSON or a header; None for anything else (a bool, a date, NaN, minus one)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if 0 <= number < math.inf else None
+
+
+def _date(headers: Headers, wall: float) -> float:
+    try:
+        parsed = parsedate_to_datetime(header(headers, "date") or "")
+    except (ValueError, TypeError, IndexError):
+        return wall
+    return parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp()
+
+
+def _retry_after(value: str | None, headers: Headers, wall: float) -> float | None:
+    """Retry-After as seconds, from either of its forms (RFC 9110 10.2.3), floats tolerated; bounded to a day."""
+    if value is None:
+        return None
+    seconds = _number(value.strip() or None)
+    if seconds is None:
+        try:
+            when = parsedate_to_datetime(value)
+        except (ValueError, TypeError, IndexError):
+            return None
+        seconds = max(0.0, when.replace(tzinfo=when.tzinfo or UTC).timestamp() - _date(headers, wall))
+    return min(seconds, _LONGEST_HINT)
+
+
+# --- The bucket -------------------------------------------------------------------------------------------------------
+
+
+class Send:
+    """One call that left: when, how long after the one before, and how it was received. Made by `Bucket.stamp`."""
+
+    __slots__ = ("accepted", "accepted_before", "at", "count", "previous")
+
+    def __init__(self, at: float, previous: Send | None, count: int) -> None:
+        self.at = at
+        self.previous = previous
+        self.count = count
+        self.accepted: bool | None = None
+        # When the last call went out that was (or may have been) accepted.
+        self.accepted_before: float | None = None
+        if previous is not None:
+            self.accepted_before = previous.accepted_before if previous.accepted is False else previous.at
+
+    @property
+    def gap(self) -> float:
+        """Seconds since the call before it, whatever came of that."""
+        return self.at - self.previous.at if self.previous is not None else math.inf
+
+    @property
+    def clean(self) -> bool:
+        """The call before it was accepted, so no debt of a refusal blurs what the gap shows."""
+        return self.previous is not None and self.previous.accepted is True
+
+
+class Bucket:
+    """One token bucket. Owns its clock, its debt, the calls granted but not yet sent, and what was learned of it."""
+
+    __slots__ = (
+        "_always",
+        "_capacity",
+        "_interval",
+        "_last",
+        "_learned_at",
+        "_named",
+        "_raise",
+        "_surprises",
+        "base",
+        "base_margin",
+        "correction",
+        "enforced",
+        "longest_refused",
+        "margin",
+        "pending",
+        "refused_in_row",
+        "sends",
+        "shortest_accepted",
+        "tat",
+        "uncharged",
+    )
+
+    def __init__(self, base: Rate, margin: float = 0.0, *, enforced: bool = True) -> None:
+        self.base = base
+        self.base_margin = self.margin = margin
+        self.enforced = enforced
+        """False: kept as a shadow, to see whether it would explain a refusal."""
+        self._always = enforced
+        self.tat = -math.inf
+        self.pending = 0
+        self.sends = 0
+        self._last: Send | None = None
+        self._interval: float | None = None
+        self._capacity: int | None = None
+        self._learned_at = -math.inf
+        self._named = False
+        self.correction = ""
+        """The last correction, for people: what was changed and why."""
+        self.longest_refused: float | None = None
+        self.shortest_accepted: float | None = None
+        self.refused_in_row = 0
+        self.uncharged = 0
+        self._surprises = 0
+        self._raise: tuple[float, float, int, int, float, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Bucket {self.interval:g}s x{self.capacity} {self.source}, {self.pending} pending>"
+
+    # What it allows
+
+    @property
+    def interval(self) -> float:
+        """Seconds from one token to the next, as now believed, without the margin."""
+        if self._interval is not None and self.base.source != "configured":
+            return self._interval
+        return self.base.interval
+
+    @property
+    def capacity(self) -> int:
+        """Tokens it holds when full."""
+        if self._capacity is not None and self.base.source != "configured":
+            return self._capacity
+        return self.base.capacity
+
+    @property
+    def source(self) -> str:
+        """Where interval and capacity are from, strongest first: configured, learned, documented, default."""
+        learned = self._interval is not None or self._capacity is not None
+        return "learned" if learned and self.base.source != "configured" else self.base.source
+
+    @property
+    def spacing(self) -> float:
+        """The interval that is kept: with the margin."""
+        return self.interval * (1.0 + self.margin)
+
+    def due(self, now: float) -> float:
+        """When the next call may go; <= now: at once; infinite: not before a granted one has been sent."""
+        if not self.enforced:
+            return -math.inf
+        spacing = self.spacing
+        if spacing > 0.0 and self.pending >= self.capacity:
+            return math.inf
+        return self.tat + spacing * (self.pending - self.capacity + 1)
+
+    def eta(self, now: float, ahead: int) -> float:
+        """When a call may go that has `ahead` others before it: an estimate, never infinite."""
+        if not self.enforced:
+            return now
+        spacing = self.spacing
+        start = max(self.tat, now) if self.pending or ahead else self.tat
+        return max(now, start + spacing * (self.pending + ahead - self.capacity + 1))
+
+    # Charging: a turn is granted, then either sent or given back
+
+    def grant(self) -> None:
+        """A call was given its turn; its token is kept for it until `stamp` or `give_back`."""
+        self.pending += 1
+
+    def give_back(self) -> None:
+        """A granted call will not be sent."""
+        self.pending -= 1
+
+    def stamp(self, now: float) -> Send:
+        """A granted call's bytes go out now: from here its interval counts."""
+        self.pending -= 1
+        self.sends += 1
+        self.tat = max(self.tat, now) + self.spacing
+        self._last = Send(now, self._last, self.sends)
+        if self._last.previous is not None:
+            # Two calls back tell nothing more; without this the chain would grow for ever.
+            self._last.previous.previous = None
+        return self._last
+
+    def shut(self, until: float) -> None:
+        """No call before `until`; then one, not as many as would have gathered."""
+        self.tat = max(self.tat, until + self.spacing * (self.capacity - 1))
+
+    # Learning
+
+    def explains(self, send: Send) -> bool:
+        """Could this bucket, if its interval were up to twice what we believe, have refused that call?"""
+        if self.capacity > 1:
+            return send.gap < 2 * self.interval * self.capacity
+        if self.shortest_accepted is not None and send.gap >= self.shortest_accepted * (1 - 1e-9) and send.clean:
+            return False
+        return send.gap < 2 * max(self.interval, DEFAULT_INTERVAL if self.base.source == "default" else 0.0)
+
+    def accepted(self, send: Send, now: float) -> None:
+        """That call was not refused: whatever else came of it, its spacing was enough."""
+        send.accepted = True
+        self.refused_in_row = self.uncharged = 0
+        self.margin += (self.base_margin - self.margin) * MARGIN_DECAY
+        if self._learned_at + (NAMED_FOR if self._named else GUESSED_FOR) < now:
+            self._forget()
+        previous = send.previous
+        if self.longest_refused is None or self._named or self.capacity > 1 or previous is None:
+            return
+        if previous.accepted is None or send.accepted_before is None:
+            return  # what came of the call before is not known: its gap shows nothing
+        gap = send.at - send.accepted_before
+        if gap > self.longest_refused and (self.shortest_accepted is None or gap < self.shortest_accepted):
+            self.shortest_accepted = gap
+            self._bisect(now, untried=not send.clean)
+
+    def refused(self, send: Send, hint: Hint, now: float) -> None:
+        """That call met a 429 of this bucket's: shut it for everybody until it may be used again, and learn."""
+        send.accepted = False
+        self.refused_in_row += 1
+        self.uncharged += 1
+        if self.capacity > 1:
+            self._learn_capacity(hint, now)
+        elif hint.threshold is not None:
+            self._learn_named(send, hint.threshold, now)
+        else:
+            self._learn_gap(send, hint, now)
+        wait = self.spacing
+        if hint.threshold is not None:
+            wait = max(wait, hint.threshold)
+        if hint.retry_after is not None:
+            wait = max(hint.retry_after, hint.threshold or 0.0)
+            self.uncharged = 0
+        elif self.base.penalty and self.refused_in_row >= 2:
+            # Waiting one interval was not enough: the vendor does charge, and charged each time.
+            wait += self.uncharged * self.base.penalty * self.spacing
+            self.uncharged = 0
+            self.correction = "429s in a row: the documented penalty was charged"
+        elif self.refused_in_row > 1 and self.shortest_accepted is not None:
+            wait *= 2.0 ** min(self.refused_in_row - 1, 6)
+        self.shut(now + max(wait, EPSILON))
+
+    def observe(self, send: Send, seen: RateHeaders, others: int, *, may_raise: bool) -> bool:
+        """X-RateLimit-* on an answer: lower the count at once; raise the capacity only on proof. True if it is ours.
+
+        `others`: calls sent so far by all routes of the account. Limit above our capacity is believed only when, over
+        two steps, Remaining fell as this bucket's own count does and not as the account's.
+        """
+        if round(seen.limit) == self.capacity:
+            later = self.sends - send.count
+            self.tat = max(self.tat, send.at + self.spacing * (self.capacity - seen.remaining + later))
+            return True
+        if not may_raise or seen.limit < self.capacity or self.spacing <= 0:
+            return False
+        before, self._raise = self._raise, (seen.limit, seen.remaining, send.count, others, send.at, 0)
+        if before is None or before[0] != seen.limit or send.count <= before[2]:
+            return False
+        refill = math.floor((send.at - before[4]) / self.interval) + 1
+        fell = before[1] - seen.remaining
+        ours, all_routes = send.count - before[2], others - before[3]
+        fits = ours - refill <= fell <= ours
+        if fits and not all_routes - refill <= fell <= all_routes:
+            fitted = before[5] + 1
+            self._raise = (*self._raise[:5], fitted)
+            if fitted >= 2:
+                self._capacity = round(seen.limit)
+                self._learned(send.at, "X-RateLimit-Limit fits this bucket's own count", named=True)
+        return False
+
+    def _learn_named(self, send: Send, threshold: float, now: float) -> None:
+        believed = self.interval
+        if threshold > believed * 1.001:
+            self._interval = threshold
+            self._learned(now, f"the vendor named {threshold:g} s", named=True)
+        elif threshold > believed * 0.999 and send.gap < 2 * believed:
+            # The very interval we keep: the way there eats it up (TCP, queues at the edge), so keep more.
+            self.margin = min(MARGIN_MAX, max(self.margin * 2, self.margin + MARGIN_STEP))
+            self.correction = f"the vendor named the {threshold:g} s we keep: margin {self.margin:.0%}"
+
+    def _learn_capacity(self, hint: Hint, now: float) -> None:
+        self._surprises += 1
+        if hint.threshold is not None and hint.threshold > self.interval * 1.001:
+            self._interval = hint.threshold
+            self._learned(now, f"the vendor named {hint.threshold:g} s", named=True)
+        if hint.limit is not None and 1 <= hint.limit < self.capacity:
+            self._capacity = int(hint.limit)
+            self._learned(now, f"a 429 named a limit of {hint.limit:g}", named=True)
+        elif self._surprises >= 2:
+            self._capacity = 1
+            self._surprises = 0
+            self._learned(now, "refused twice although tokens should have been left", named=False)
+
+    def _learn_gap(self, send: Send, hint: Hint, now: float) -> None:
+        believed = max(self.interval, DEFAULT_INTERVAL / 2)
+        self._learned_at = now
+        if send.clean:
+            self.longest_refused = max(self.longest_refused or 0.0, send.gap)
+            if self.shortest_accepted is not None and self.shortest_accepted <= self.longest_refused:
+                self.shortest_accepted = None
+        elif self.longest_refused is None:
+            self.longest_refused = 0.0
+        if self.shortest_accepted is not None:
+            if send.clean:
+                self._bisect(now, untried=False)
+            return
+        if self.base.penalty and self.refused_in_row == 1:
+            return  # one refusal may be somebody else's doing; the answer to the next call will show
+        # A documented interval is seldom far off, a default one may be anything.
+        guess = believed * (1.25 if self.base.source == "documented" and self.refused_in_row == 1 else 2.0)
+        if send.clean and hint.retry_after is not None:
+            guess = send.gap + hint.retry_after
+        self._interval = min(guess, max(LONGEST_GUESS, self.base.interval))
+        self._named = False
+        self._learned(now, f"refused: trying {self._interval:.3g} s", named=False)
+
+    def _bisect(self, now: float, *, untried: bool) -> None:
+        """Between the bounds; `untried`: the guess in force has not met a clean gap yet, so it comes first."""
+        assert self.longest_refused is not None and self.shortest_accepted is not None
+        low, high = self.longest_refused, self.shortest_accepted
+        guess = high if high - low <= SETTLED * high else (low + high) / 2
+        if untried and self._interval is not None and low < self.spacing < guess:
+            guess = self.spacing
+        # The gap as kept includes the margin; it is not to be added twice.
+        self._interval = max(self.base.interval, guess / (1 + self.margin))
+        self._learned(now, f"between {low:.3g} s (refused) and {high:.3g} s (accepted)", named=False)
+
+    def _learned(self, now: float, why: str, *, named: bool) -> None:
+        self._learned_at, self._named, self.correction = now, named, why
+
+    def enforce(self, now: float) -> None:
+        """A shadow proved right: from now on it is kept, for as long as what a vendor names is believed."""
+        self.enforced = True
+        self._learned(now, "a 429 that one key's spacing does not explain: counted for all keys together", named=True)
+
+    def _forget(self) -> None:
+        self.enforced = self._always
+        self._interval = self._capacity = None
+        self.longest_refused = self.shortest_accepted = None
+        self._named = False
+
+    # Kept over a restart
+
+    def idle(self, now: float) -> bool:
+        """Nothing would be lost by forgetting it: full, nothing granted, nothing learned."""
+        return self.tat <= now and not self.pending and self.source != "learned" and self.margin <= self.base_margin * 1.5
+
+    def dump(self, now: float, wall: float) -> dict[str, Any]:
+        """What must survive a restart, as JSON; times as epoch seconds."""
+        kept: dict[str, Any] = {}
+        if self.tat > now:
+            kept["full_at"] = round(wall + self.tat - now, 3)
+        if self.margin > self.base_margin * 1.5:
+            kept["margin"] = round(self.margin, 4)
+        if self.source == "learned":
+            kept |= {
+                "interval": self._interval,
+                "capacity": self._capacity,
+                "named": self._named,
+                "learned_at": round(wall - (now - self._learned_at), 3),
+                "longest_refused": self.longest_refused,
+                "shortest_accepted": self.shortest_accepted,
+                "why": self.correction,
+            }
+        return kept
+
+    def load(self, kept: Mapping[str, Any], now: float, wall: float) -> None:
+        """Take over what `dump` gave, as far as it is sane: a clock that jumped must not shut a bucket for days."""
+        longest = self.spacing * (self.capacity + 1) + max(600.0, 20 * self.base.penalty * self.interval)
+        full_at = _number(kept.get("full_at"))
+        if full_at is not None and full_at > wall:
+            self.tat = now + min(full_at - wall, longest)
+        margin = _number(kept.get("margin"))
+        if margin is not None:
+            self.margin = min(MARGIN_MAX, max(self.base_margin, margin))
+        learned_at = _number(kept.get("learned_at"))
+        if learned_at is None or learned_at > wall + 60:
+            return
+        interval, capacity = _number(kept.get("interval")), _number(kept.get("capacity"))
+        self._interval = min(interval, 3600.0) if interval is not None else None
+        self._capacity = max(1, int(capacity)) if capacity else None
+        self._learned_at = now - (wall - learned_at)
+        self._named = kept.get("named") is True
+        self.longest_refused = _number(kept.get("longest_refused"))
+        self.shortest_accepted = _number(kept.get("shortest_accepted"))
+        self.correction = str(kept.get("why", ""))[:200]

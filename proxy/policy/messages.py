@@ -1,0 +1,134 @@
+"""What travels along the path: a request, a response, and the record of one exchange."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+Headers = tuple[tuple[str, str], ...]
+"""Header fields in the order and spelling of the wire, repeated ones kept."""
+
+# RFC 9110 section 7.6.1, and the older names still met in the field.
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+def end_to_end(headers: Headers) -> Headers:
+    """The fields that may be passed on: without hop-by-hop ones and those that Connection names (RFC 9110 7.6.1)."""
+    named = {
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == "connection"
+        for token in value.split(",")
+    }
+    if not named or named <= {"keep-alive", "close"}:
+        return tuple(item for item in headers if item[0].lower() not in HOP_BY_HOP)
+    return tuple(item for item in headers if item[0].lower() not in HOP_BY_HOP and item[0].lower() not in named)
+
+
+def header(headers: Headers, name: str) -> str | None:
+    """The first value of a field, its name in lower case; None when absent."""
+    for key, value in headers:
+        if key.lower() == name:
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as it came in: the raw target, end-to-end headers, the whole body as sent."""
+
+    method: str
+    target: str
+    """Origin-form target, exactly as on the wire."""
+    headers: Headers
+    body: bytes = b""
+    peer: str = ""
+    """The address of the connection, for logs only."""
+
+
+class Rest(Protocol):
+    """What follows the held part of a large answer."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Its chunks, once. Raises UpstreamError when the answer breaks off."""
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Called once the rest is read to its end, or given up."""
+
+    def close(self) -> None:
+        """Give it up. Further calls change nothing."""
+
+
+@dataclass(slots=True)
+class Response:
+    """One answer: whole in `body`, or, where it is larger than may be held, `body` and then `rest`."""
+
+    status: int
+    headers: Headers
+    body: bytes = b""
+    reason: str = ""
+    rest: Rest | None = None
+    """What follows `body` of a large answer; read once, by whoever leads."""
+    head: bytes = b""
+    """The header lines as they go on the wire, where they are stored so; then `headers` is empty."""
+
+
+class CacheStatus(Enum):
+    """How an exchange was answered (RFC 9211)."""
+
+    HIT = "hit"
+    MISS = "miss"
+    STALE = "stale"
+    COLLAPSED = "collapsed"
+    BYPASS = "bypass"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """The one record of a request, filled along the path and read by every observer at its end."""
+
+    method: str = ""
+    route: str = ""
+    """The route's template; never a raw path."""
+    caller: str = ""
+    """Digest of the credential, shortened."""
+    effect: str = ""
+    status: int = 0
+    code: str = ""
+    """The code of our own refusal, else empty."""
+    cache: CacheStatus = CacheStatus.BYPASS
+    was_stale: bool = False
+    """There was a stored answer, past its time or from an earlier epoch."""
+    stored: bool = False
+    ttl: float | None = None
+    """Seconds for which a stored answer stays fresh; negative once stale."""
+    age: float | None = None
+    attempts: int = 0
+    """Sends to upstream, refused ones included."""
+    refusals: int = 0
+    """429s absorbed."""
+    queued: float = 0.0
+    """Seconds spent waiting for a turn, all attempts together."""
+    upstream: float = 0.0
+    """Seconds spent at upstream, all attempts together."""
+    total: float = 0.0
+    bytes_out: int = 0
+    waiting: bool = True
+    """Not at upstream at this moment, and not answered."""
+    left: bool = False
+    """The client went away before it was answered."""

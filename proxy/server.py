@@ -1,0 +1,432 @@
+"""HTTP in, HTTP out: the one place where bytes become a Request, and a Response or a Refusal becomes bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from http import HTTPStatus
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import HttpVersion11
+from aiohttp.web_protocol import RequestHandler
+
+from .clock import Clock
+from .pipeline import Pipeline
+from .policy import queueing
+from .policy.errors import Refusal, UpstreamError
+from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
+from .settings import ServerRules, Settings
+
+LONGEST_LINE = 32 * 1024
+"""Bytes of a request line: searches by GET carry their query in it."""
+LONGEST_FIELD = 16 * 1024
+OURS = "/_proxy"
+log = logging.getLogger(__name__)
+
+_FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
+
+Observer = Callable[[Exchange], None]
+Admin = Callable[[str, str], Response]
+
+
+class Server(web.Server):
+    """aiohttp's low-level server with our own error answers. Owns the clients' connections."""
+
+    def __init__(
+        self, clock: Clock, rules: ServerRules, pipeline: Pipeline, admin: Admin, observers: Iterable[Observer] = ()
+    ) -> None:
+        super().__init__(
+            self._handle,
+            handler_cancellation=True,  # a client that leaves gives up its place
+            access_log=None,
+            auto_decompress=False,  # bodies pass as they are
+            max_line_size=LONGEST_LINE,
+            max_field_size=LONGEST_FIELD,
+            keepalive_timeout=rules.keepalive,
+            lingering_time=2.0,
+        )
+        self._clock = clock
+        self._pipeline = pipeline
+        self._admin = admin
+        self._observers = tuple(observers)
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        began = self._clock.now()
+        exchange = Exchange(method=request.method)
+        try:
+            return await self._answer(request, exchange, began)
+        except asyncio.CancelledError:
+            exchange.left = True
+            raise
+        finally:
+            exchange.total = self._clock.now() - began
+            for observe in self._observers:
+                observe(exchange)
+
+    async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
+        settings = self._pipeline.settings
+        try:
+            raw = request.raw_headers
+            target = _target(request)
+            if target.startswith(OURS) and (len(target) == len(OURS) or target[len(OURS)] in "/?"):
+                exchange.route, exchange.effect = OURS, "admin"
+                response = self._admin(request.method, target)
+                exchange.status = response.status
+                return _Reply(response, request, b"")
+            headers = _fields(raw)
+            body = await _body(request, settings.server.max_body) if request.body_exists else b""
+            asked = Request(request.method, target, headers, body, request.remote or "")
+            response = await self._patiently(request, raw, asked, exchange, began, settings)
+        except Refusal as refused:
+            exchange.code = refused.code
+            response = _refused(refused)
+        except _Gone:
+            raise ConnectionResetError("the client went away") from None
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            # Never a traceback to a client, and never one that holds a request's values in a log.
+            log.exception("a request met a fault of the proxy's own")
+            exchange.code = _FAULT.code
+            response = _refused(_FAULT)
+        exchange.status = response.status
+        extra = _told(exchange, self._clock.now() - began)
+        if response.rest is None:
+            exchange.bytes_out = len(response.body)
+            return _Reply(response, request, extra)
+        return await _stream(response, request, extra, exchange)
+
+    async def _patiently(
+        self,
+        request: web.BaseRequest,
+        raw: tuple[tuple[bytes, bytes], ...],
+        asked: Request,
+        exchange: Exchange,
+        began: float,
+        settings: Settings,
+    ) -> Response:
+        """The pipeline's answer, with the client kept waiting by interim answers, or told to come back in time."""
+        http_1_1 = request.version >= HttpVersion11
+        hold = _Hold(self._clock, settings, request, asked.headers, exchange, http_1_1)
+        route = settings.routes.match(asked.method, asked.target)
+        all_fields = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in raw)
+        hold.begin(
+            began, queueing.patience(all_fields, asked.target, route.upstream, settings.queue, beating=bool(hold.beat))
+        )
+        try:
+            return await self._pipeline.handle(asked, exchange)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not hold.over or task is None or task.uncancel() > 0:
+                raise
+            raise Refusal(
+                429,
+                "still_queued",
+                f"{route.name} is still waiting for its turn; ask again and it goes on",
+                1,
+            ) from None
+        finally:
+            hold.end()
+
+
+class _Hold:
+    """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns their timers."""
+
+    __slots__ = ("_clock", "_exchange", "_interval", "_task", "_timers", "_transport", "beat", "over")
+
+    def __init__(
+        self,
+        clock: Clock,
+        settings: Settings,
+        request: web.BaseRequest,
+        headers: Headers,
+        exchange: Exchange,
+        http_1_1: bool,
+    ) -> None:
+        self._clock = clock
+        self._exchange = exchange
+        self._interval = settings.queue.heartbeat
+        self._transport = request.transport
+        self._task = asyncio.current_task()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self.beat = queueing.interim(headers, http_1_1, settings.queue)
+        self.over = False
+
+    def begin(self, now: float, patience: float) -> None:
+        if self.beat:
+            self._timers["beat"] = self._clock.call_at(now + self._interval, self._send)
+        self._timers["patience"] = self._clock.call_at(now + patience, self._end_of_patience)
+
+    def end(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+
+    def _send(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(self.beat)
+            self._timers["beat"] = self._clock.call_at(self._clock.now() + self._interval, self._send)
+
+    def _end_of_patience(self) -> None:
+        if not self._exchange.waiting:
+            # At upstream: the answer may still come in time, and cutting it off would lose it for certain.
+            self._timers["patience"] = self._clock.call_at(self._clock.now() + 1.0, self._end_of_patience)
+        elif self._task is not None:
+            self.over = True
+            self._task.cancel()
+
+
+class _Connection(RequestHandler):
+    """aiohttp's connection, but what it refuses by itself is refused in JSON."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if status >= 500:
+            log.error("a request met a fault of the proxy's own", exc_info=exc)
+            reply = _Reply(_refused(_FAULT), request, b"")
+        else:
+            reply = _Reply(_refused(_bad(status, "not a valid HTTP request")), request, b"")
+        reply.force_close()
+        return reply
+
+
+class _Gone(Exception):
+    """The client broke off while its request was being read."""
+
+
+# --- In ---------------------------------------------------------------------------------------------------------------
+
+
+def _target(request: web.BaseRequest) -> str:
+    """The origin-form target as it came, but for a leading `//`. Raises Refusal for what is no target of ours."""
+    raw = request._message.path
+    if request.method == "CONNECT":
+        raise _bad(405, "CONNECT is not for this proxy: point the client's base URL at it")
+    if not raw.startswith("/"):
+        raw = _origin_form(raw, request)
+    if "#" in raw:
+        raise _bad(400, "a request target has no fragment")
+    if raw.startswith("//"):
+        raw = "/" + raw.lstrip("/")  # `--url http://host/` doubles the slash
+    if not raw.isascii():
+        raise _bad(400, "a request target is ASCII; encode other characters")
+    headers = request.headers
+    if "Transfer-Encoding" in headers:
+        if "Content-Length" in headers:
+            raise _bad(400, "both Transfer-Encoding and Content-Length")
+        if headers["Transfer-Encoding"].strip().lower() != "chunked":
+            raise _bad(400, "a Transfer-Encoding other than chunked")
+    if len(headers.getall("Content-Length", ())) > 1 or len(headers.getall("Host", ())) > 1:
+        raise _bad(400, "a header that must stand once stands twice")
+    return raw
+
+
+def _origin_form(raw: str, request: web.BaseRequest) -> str:
+    """An absolute target is accepted if it names this very proxy (RFC 9112 3.2.2)."""
+    scheme, mark, rest = raw.partition("://")
+    authority, slash, path = rest.partition("/")
+    own = request.transport.get_extra_info("sockname") if request.transport is not None else None
+    if mark and scheme.lower() == "http" and own is not None:
+        names = {f"{own[0]}:{own[1]}", f"localhost:{own[1]}", f"[{own[0]}]:{own[1]}"}
+        if authority.lower() in names:
+            return slash + path if slash else "/"
+    raise _bad(400, "not a forward proxy: point the client's base URL at it")
+
+
+def _fields(raw: tuple[tuple[bytes, bytes], ...]) -> Headers:
+    """End-to-end fields as text. Raises Refusal for a value that is not UTF-8."""
+    try:
+        return end_to_end(tuple((name.decode("ascii"), value.decode("utf-8")) for name, value in raw))
+    except UnicodeDecodeError:
+        raise _bad(400, "a header is not UTF-8") from None
+
+
+async def _body(request: web.BaseRequest, limit: int) -> bytes:
+    """The whole body as sent. Answers Expect here. Raises Refusal (413), or _Gone when it breaks off."""
+    too_large = Refusal(413, "body_too_large", f"the request's body is larger than {limit} bytes (server.max_body)")
+    if (request.content_length or 0) > limit:
+        raise too_large
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        if request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    chunks: list[bytes] = []
+    length = 0
+    try:
+        async for chunk in request.content.iter_any():
+            chunks.append(chunk)
+            length += len(chunk)
+            if length > limit:
+                raise too_large
+    except web.RequestPayloadError:
+        raise _bad(400, "the body is not what its headers say") from None
+    except (ConnectionError, OSError):
+        raise _Gone from None
+    return b"".join(chunks)
+
+
+def _bad(status: int, msg: str) -> Refusal:
+    return Refusal(status, "bad_request", msg)
+
+
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+def _refused(refusal: Refusal) -> Response:
+    """A refusal as the clients understand it; the type exactly so, for they compare it (vastai 1.9.1)."""
+    headers = [("Content-Type", "application/json"), ("Date", formatdate(usegmt=True))]
+    retry_after = refusal.retry_after_header()
+    if retry_after is not None:
+        headers.append(("Retry-After", retry_after))
+    return Response(refusal.status, tuple(headers), refusal.body())
+
+
+def _told(exchange: Exchange, total: float) -> bytes:
+    """What became of the request, as header lines: Cache-Status (RFC 9211), Age, Server-Timing."""
+    match exchange.cache:
+        case CacheStatus.HIT:
+            status = f"hit; ttl={exchange.ttl or 0:.0f}"
+        case CacheStatus.STALE if exchange.attempts == 0:
+            status = f"hit; ttl={exchange.ttl or 0:.0f}; detail=stale"
+        case CacheStatus.STALE:
+            status = f"fwd=stale; ttl={exchange.ttl or 0:.0f}; detail=stale"
+        case CacheStatus.COLLAPSED:
+            status = "fwd=miss; collapsed"
+        case CacheStatus.MISS:
+            status = f"fwd={'stale' if exchange.was_stale else 'miss'}"
+            if exchange.stored:
+                status += f"; stored; ttl={exchange.ttl or 0:.0f}"
+        case _:
+            status = "fwd=bypass" if exchange.effect in ("read", "search") else "fwd=method"
+    age = f"Age: {max(0.0, exchange.age):.0f}\r\n" if exchange.age is not None else ""
+    timing = (
+        f"queue;dur={exchange.queued * 1000:.1f}, upstream;dur={exchange.upstream * 1000:.1f}, "
+        f'total;dur={total * 1000:.1f}, attempts;desc="{exchange.attempts}"'
+    )
+    return f"{age}Cache-Status: vast-proxy; {status}\r\nServer-Timing: {timing}\r\n".encode("latin-1")
+
+
+def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: bytes, *, keep_alive: bool) -> bytes:
+    reason = response.reason or _REASONS.get(response.status, "")
+    lines = [f"HTTP/1.1 {response.status} {reason}\r\n".encode("latin-1")]
+    if response.head:
+        lines.append(response.head)
+    else:
+        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in response.headers]
+    lines.append(framing)
+    lines.append(extra)
+    if not keep_alive:
+        lines.append(b"Connection: close\r\n")
+    elif request.version < HttpVersion11:
+        lines.append(b"Connection: keep-alive\r\n")
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def _has_no_body(request: web.BaseRequest, status: int) -> bool:
+    return request.method == "HEAD" or status in (204, 304) or 100 <= status < 200
+
+
+class _Reply(web.StreamResponse):
+    """A whole answer, written as the bytes it is in one go: aiohttp would add fields, fold names and set the length.
+
+    Under `StreamResponse`'s contract with the connection: `prepare`, `write_eof`, `keep_alive`.
+    """
+
+    def __init__(self, response: Response, request: web.BaseRequest, extra: bytes) -> None:
+        self._response = response
+        self._extra = extra
+        self._request = request
+        self._keep_alive = request.keep_alive
+        self._eof_sent = False
+        self._status = response.status
+
+    def force_close(self) -> None:
+        self._keep_alive = False
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        request, response = self._request, self._response
+        transport = request.transport
+        if transport is None or self._eof_sent:
+            return
+        self._eof_sent = True
+        framing = b""
+        body = response.body
+        if _has_no_body(request, response.status):
+            body = b""
+        elif not response.head and not any(name.lower() == "content-length" for name, _ in response.headers):
+            framing = b"Content-Length: %d\r\n" % len(body)
+        keep_alive = bool(self._keep_alive)
+        transport.write(_head(response, request, self._extra, framing, keep_alive=keep_alive) + body)
+        if len(body) > 65536:
+            await request.protocol._drain_helper()
+
+
+class _Streamed(web.StreamResponse):
+    """An answer that has been written already."""
+
+    def __init__(self, *, keep_alive: bool, status: int) -> None:
+        self._keep_alive = keep_alive
+        self._eof_sent = True
+        self._status = status
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+async def _stream(response: Response, request: web.BaseRequest, extra: bytes, exchange: Exchange) -> web.StreamResponse:
+    """Pass a large answer on as it comes, no faster than the client takes it."""
+    rest = response.rest
+    assert rest is not None
+    try:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client went away")
+        known = any(name.lower() == "content-length" for name, _ in response.headers)
+        chunked = not known and request.version >= HttpVersion11
+        keep_alive = bool(request.keep_alive) and (known or chunked)
+        framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+        transport.write(_head(response, request, extra, framing, keep_alive=keep_alive))
+        await _write(request, response.body, exchange, chunked=chunked)
+        response.body = b""
+        try:
+            async for chunk in rest:
+                await _write(request, chunk, exchange, chunked=chunked)
+        except UpstreamError:
+            # The head is out: all that is left is to let the client see that the answer is not whole.
+            exchange.code = "broken_off"
+            transport.abort()
+            raise ConnectionResetError("upstream broke off") from None
+        if chunked:
+            transport.write(b"0\r\n\r\n")
+        return _Streamed(keep_alive=keep_alive, status=response.status)
+    finally:
+        rest.close()
+
+
+async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, chunked: bool) -> None:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client went away")
+    exchange.bytes_out += len(data)
+    if chunked:
+        transport.write(b"%x\r\n" % len(data) + data + b"\r\n")
+    else:
+        transport.write(data)
+    await request.protocol._drain_helper()
+

@@ -1,0 +1,204 @@
+"""The only HTTP client: origins, connections, timeouts, and what a lost connection means."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from .policy.errors import UpstreamError
+from .policy.messages import Headers, Request, Response, end_to_end, header
+from .settings import UpstreamRules
+
+HOLD = 1024 * 1024
+"""Bytes of an answer that are held until it is whole; a longer one is passed on as it comes."""
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 5
+# aiohttp would add these where the client sent none.
+_NOT_OURS = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+# Set anew for each hop: Host and SNI are the upstream's, the length is that of the body as we hold it.
+_SET_ANEW = frozenset({"host", "content-length", "expect"})
+
+
+class Upstream:
+    """Sends one request once. Owns the connections; keeps no cookie, follows the vendor's redirects, replays nothing."""
+
+    def __init__(self, rules: UpstreamRules, tls: ssl.SSLContext | None = None) -> None:
+        """Inside a running loop. `tls`: how to verify; by default with the system's authorities."""
+        self.rules = rules
+        trace = aiohttp.TraceConfig()
+        trace.on_request_headers_sent.append(_headers_sent)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,  # admission counts the slots, so that nobody waits here out of line
+                ssl=tls if tls is not None else True,
+                keepalive_timeout=rules.keepalive,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=rules.connect_timeout or None, sock_read=rules.read_timeout or None
+            ),
+            max_line_size=65536,
+            max_field_size=65536,
+            trace_configs=[trace],
+        )
+        # aiohttp sends PUT and DELETE again by itself when a connection is lost: that would rent twice.
+        self._session._retry_connection = False
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    def origin(self, upstream: str) -> str:
+        """The base URL of an upstream, without a slash at its end."""
+        return self.rules.serverless if upstream == "serverless" else self.rules.api
+
+    async def send(self, request: Request, upstream: str, sent: Callable[[], None]) -> Response:
+        """One answer, whole up to HOLD bytes, else with the rest to be read. `sent` is called when bytes go out.
+
+        A redirect to the vendor's own hosts is followed with method, body and key; 303 becomes a GET (RFC 9110 15.4.4).
+        Any other redirect is the answer. Raises UpstreamError.
+        """
+        origin = self.origin(upstream)
+        url = origin + request.target
+        method, headers, body = request.method, request.headers, request.body
+        for _ in range(_MOST_REDIRECTS):
+            response = await self._exchange(method, url, headers, body, sent)
+            if response.status not in _REDIRECTS:
+                return response
+            location = header(response.headers, "location")
+            target = urljoin(url, location) if location else ""
+            if not self._is_vendors(url, target):
+                return response
+            if response.rest is not None:
+                response.rest.close()
+            url = target
+            if response.status == 303 and method != "HEAD":
+                method, body = "GET", b""
+                headers = tuple(item for item in headers if item[0].lower() != "content-type")
+        raise UpstreamError(f"more than {_MOST_REDIRECTS} redirects", sent=True)
+
+    def _is_vendors(self, url: str, target: str) -> bool:
+        """May the key go there? To the origin itself, or over TLS to a host of the vendor's."""
+        try:
+            here, there = urlsplit(url), urlsplit(target)
+            same = (here.scheme, here.hostname, here.port) == (there.scheme, there.hostname, there.port)
+            name = there.hostname or ""
+        except ValueError:
+            return False
+        if there.username is not None or there.fragment:
+            return False
+        if same:
+            return True
+        return there.scheme == "https" and any(
+            name == domain or name.endswith(f".{domain}") for domain in self.rules.hosts
+        )
+
+    async def _exchange(
+        self, method: str, url: str, headers: Headers, body: bytes, sent: Callable[[], None]
+    ) -> Response:
+        attempt = SimpleNamespace(sent=False, tell=sent)
+        try:
+            answer = await self._session.request(
+                method,
+                _exact(url),
+                headers=CIMultiDict(item for item in headers if item[0].lower() not in _SET_ANEW),
+                data=body or None,
+                skip_auto_headers=_NOT_OURS,
+                allow_redirects=False,
+                trace_request_ctx=attempt,
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise _translated(error, sent=attempt.sent) from error
+        held: list[bytes] = []
+        length = 0
+        try:
+            async for chunk in answer.content.iter_any():
+                held.append(chunk)
+                length += len(chunk)
+                if length > HOLD:
+                    return _response(answer, b"".join(held), _Rest(answer))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            answer.close()
+            raise _translated(error, sent=True) from error
+        except BaseException:
+            answer.close()
+            raise
+        answer.release()
+        return _response(answer, b"".join(held), None)
+
+
+class _Rest:
+    """What follows the held part of a large answer; reads no faster than it is asked, and closes once."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+        self._closed: list[Callable[[], None]] = []
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._answer.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _translated(error, sent=True) from error
+        finally:
+            self.close()
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Called once the answer is read to its end, or given up."""
+        self._closed.append(callback)
+
+    def close(self) -> None:
+        """Give the rest up; a connection with unread bytes is not used again."""
+        self._answer.close() if not self._answer.content.at_eof() else self._answer.release()
+        while self._closed:
+            self._closed.pop()()
+
+
+async def _headers_sent(
+    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceRequestHeadersSentParams
+) -> None:
+    attempt = context.trace_request_ctx
+    attempt.sent = True
+    attempt.tell()
+
+
+def _exact(url: str) -> URL:
+    """A URL whose target goes on the wire as it is. yarl drops a `?` with nothing after it, so it is told."""
+    exact = URL(url, encoded=True)
+    target = url[url.index("/", url.index("//") + 2) :]
+    if exact.raw_path_qs != target:
+        with contextlib.suppress(AttributeError):
+            exact._cache["raw_path_qs"] = target
+    return exact
+
+
+def _response(answer: aiohttp.ClientResponse, body: bytes, rest: _Rest | None) -> Response:
+    # Latin-1 keeps every byte of a field as it came; it goes out the same way.
+    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.raw_headers)
+    return Response(answer.status, end_to_end(headers), body, answer.reason or "", rest)
+
+
+def _translated(error: BaseException, *, sent: bool) -> UpstreamError:
+    """A library's exception as ours: what happened, in words without URLs, and whether anything may have been done."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError | ssl.SSLError):
+        return UpstreamError("its TLS certificate or handshake was not accepted", sent=sent)
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        what = "no answer within the time allowed" if sent else "no connection within the time allowed"
+        return UpstreamError(what, sent=sent, timed_out=True)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return UpstreamError(f"no connection ({error.os_error.strerror or 'unknown error'})", sent=sent)
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return UpstreamError("the answer broke off", sent=sent)
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError):
+        return UpstreamError("the connection was closed without an answer", sent=sent)
+    return UpstreamError(f"not a valid HTTP answer ({type(error).__name__})", sent=sent)
