@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
 
 if TYPE_CHECKING:  # what a command needs is imported by the command, so that `--version` and `--help` are quick
     from .policy.routing import Route
@@ -43,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         description="A reverse proxy that gets unmodified Vast.ai clients through the API's rate limits.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action="version", version=f"vast-proxy {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -66,25 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Version(argparse.Action):
-    """Looks the version up only when asked for it."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"vast-proxy {version('vast-proxy')}")
-        except PackageNotFoundError:
-            print("vast-proxy (a checkout, not installed)")
-        parser.exit()
-
-
 def _load(options: argparse.Namespace) -> Settings:
     """The settings as the options say, or SettingsError; the same again, read anew, at every call."""
-    from .settings import load
+    from .settings import FLAGS, load
 
-    overrides = {"listen": "listen", "upstreams.api": "upstream", "log.level": "log_level"}
-    given = {key: getattr(options, name, None) for key, name in overrides.items()}
+    given = {key: getattr(options, flag.removeprefix("--").replace("-", "_"), None) for key, flag in FLAGS.items()}
     return load(options.config, os.environ, given)
 
 
@@ -107,10 +95,11 @@ def _serve(options: argparse.Namespace) -> int:
     from . import app
 
     try:
-        return asyncio.run(app.run(settings, lambda: _load(options)))
+        asyncio.run(app.run(settings, lambda: _load(options)))
     except OSError as error:
         print(f"vast-proxy: {_why(error, settings)}", file=sys.stderr)
         return FAILED
+    return OK
 
 
 def _why(error: OSError, settings: Settings) -> str:

@@ -362,6 +362,11 @@ class Admission:
                 if version == queue.version:
                     queue.listed = None
                 continue
+            if head.waiter is not None and head.waiter.done():
+                # Its caller has left in this very tick and has not yet come to say so.
+                queue.listed = None
+                self._leave(origin, queue, head)
+                continue
             if queue.due(now) > now + EPSILON:
                 self._park(origin, queue, head, now)
                 continue
@@ -421,7 +426,7 @@ class Admission:
         queue.leave(turn)
         self._waits_no_more(origin, queue)
         turn.refusal = refusal
-        if turn.waiter is not None:
+        if turn.waiter is not None and not turn.waiter.done():
             turn.waiter.set_exception(refusal)
 
     def _waits_no_more(self, origin: Origin, queue: _Queue) -> None:

@@ -18,7 +18,6 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -130,7 +129,7 @@ class Settings:
     log: LogRules = field(default_factory=LogRules)
     state: StateRules = field(default_factory=StateRules)
     routes: Routes
-    """The shipped table of endpoints with the user's own rules before it."""
+    """The shipped table of endpoints, with the user's laid over it."""
     source: str = "shipped defaults"
     """Where these settings came from, for logs."""
 
@@ -186,7 +185,7 @@ def shipped(name: str) -> Path:
     return inside if inside.exists() else package.parent / "config" / name
 
 
-# Where things stand.
+# --- Where things stand -----------------------------------------------------------------------------------------------
 
 Key = tuple[str | int, ...]
 """The way to a value: `("limits", "global", "rate")`, `("routes", 3, "effect")`."""
@@ -246,13 +245,13 @@ def _merged(low: Any, high: Any) -> Any:
 
 def _read_file(layer: int, path: Path, name: str) -> Layer:
     here = Place(layer, 0, 0, name)
+    found = Layer()
     try:
-        text = path.read_text("utf-8-sig")
+        found = _Reader(path.read_text("utf-8-sig"), here, numbered=True).read()
     except OSError as error:
-        return Layer(faults=[Fault(here, f"cannot be read: {error.strerror or error}")])
+        found.faults.append(Fault(here, f"cannot be read: {error.strerror or error}"))
     except UnicodeDecodeError as error:
-        return Layer(faults=[Fault(here, f"not UTF-8 text: {error.reason} at byte {error.start}")])
-    found = _Reader(text, here, numbered=True).read()
+        found.faults.append(Fault(here, f"not UTF-8 text: {error.reason} at byte {error.start}"))
     found.keys[()] = found.values[()] = here
     whole: object = found.data
     if not isinstance(whole, dict):
@@ -272,14 +271,19 @@ def _read_environment(layer: int, environ: Mapping[str, str]) -> Layer:
     """Every variable of ours that is not empty: Compose and systemd pass on an unset variable as an empty one."""
     whole = Layer()
     known = {PREFIX + "__".join(str(part) for part in key).upper(): key for key in known_keys()}
+    structures = {key[:-1] for key in known.values()} | {("routes",), ("families",)}
     for name, text in sorted(environ.items()):
         if not name.startswith(PREFIX) or name == CONFIG_VARIABLE or not text or _is_link(name, text):
             continue
         here = Place(layer, 0, 0, f"${name}")
-        if name in known:
-            whole.overlay(_Reader(text, here, numbered=False).read(known[name]))
-        else:
+        if name not in known:
             whole.faults.append(Fault(here, "unknown variable" + _did_you_mean(name, known)))
+            continue
+        key = known[name]
+        found = _Reader(text, here, numbered=False).read(key)
+        if found.faults and key not in structures:  # [::1]:8080 is no YAML: in a file it is quoted, who would here?
+            found = _plain_layer(key, text, here)
+        whole.overlay(found)
     return whole
 
 
@@ -296,9 +300,12 @@ def _read_overrides(layer: int, overrides: Mapping[str, object]) -> Layer:
     for dotted, value in overrides.items():
         if value is not None:
             key = tuple(dotted.split("."))
-            here = Place(layer, 0, 0, FLAGS.get(dotted, dotted))
-            whole.overlay(Layer(_nested(key, value), {key: here}, {key: here}))
+            whole.overlay(_plain_layer(key, value, Place(layer, 0, 0, FLAGS.get(dotted, dotted))))
     return whole
+
+
+def _plain_layer(key: Key, value: object, here: Place) -> Layer:
+    return Layer(_nested(key, value), {key: here}, {key: here})
 
 
 def _nested(key: Key, value: Any) -> Any:
@@ -313,6 +320,7 @@ class _Reader(yaml.SafeLoader):
     def __init__(self, text: str, here: Place, *, numbered: bool) -> None:
         self.text, self.here, self.numbered = text, here, numbered
         self.found = Layer()
+        self.checked: set[yaml.Node] = set()
 
     def read(self, root: Key = ()) -> Layer:
         """What the document says, put at `root`."""
@@ -347,14 +355,11 @@ class _Reader(yaml.SafeLoader):
         return None
 
     def _mapping(self, node: yaml.MappingNode, key: Key, around: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        seen: dict[str, int] = {}
-        for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
-                if name.value in seen:
-                    place, first = self._place(name.start_mark), seen[name.value]
-                    self._fault(place, (*key, name.value), f"given twice, first on line {first}")
-                seen.setdefault(name.value, name.start_mark.line + 1)
-        self.flatten_mapping(node)
+        # An alias brings the same node again, with what it merges (<<) written into it: duplicates that are none.
+        if node not in self.checked:
+            self.checked.add(node)
+            self._check_duplicates(node, key)
+            self.flatten_mapping(node)
         plain = {}
         for name, value in node.value:
             if not isinstance(name, yaml.ScalarNode):
@@ -365,6 +370,15 @@ class _Reader(yaml.SafeLoader):
             self.found.keys[path] = self._place(name.start_mark)
             plain[name.value] = self._plain(value, path, around)
         return plain
+
+    def _check_duplicates(self, node: yaml.MappingNode, key: Key) -> None:
+        lines: dict[str, int] = {}
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
+                if name.value in lines:
+                    told = f"given twice, first on line {lines[name.value]}"
+                    self._fault(self._place(name.start_mark), (*key, name.value), told)
+                lines.setdefault(name.value, name.start_mark.line + 1)
 
     def _place(self, mark: yaml.Mark | None, *, column: bool = True) -> Place:
         if mark is None or not self.numbered:
@@ -383,7 +397,7 @@ def _read_routes(found: Layer) -> Routes | None:
         "routes": list(entries) if isinstance(entries, list) else [],
     }
     shipped_layer = _shipped_layer("routes.yaml")
-    faults: list[Fault] = []
+    faults = list(shipped_layer.faults)
     while len(faults) < 100:
         try:
             routes = Routes.build([shipped_layer.data, table])
@@ -429,7 +443,7 @@ def _mend(table: dict[str, Any], key: Key) -> bool:
     return True
 
 
-# What may be written: pydantic models made from the dataclasses.
+# --- What may be written: pydantic models made from the dataclasses ---------------------------------------------------
 
 
 def _sections() -> dict[str, Any]:
@@ -559,20 +573,17 @@ def _text(parse: Callable[[str], object]) -> Callable[[object], object]:
 
 
 def _listen(found: str) -> Listen:
-    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\s:/@\[\]]+)):(\d{1,5})", found)
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\s:/@\[\]]+)):([0-9]{1,5})", found)
     if not match or int(match[3]) > 65535:
         raise ValueError
     return Listen(str(IPv6Address(match[1])) if match[1] else match[2], int(match[3]))
 
 
 def _origin(found: str) -> str:
-    parts = urlsplit(found)
-    bare = f"{parts.scheme}://{parts.netloc}".lower()
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in bare or re.search(r"\s", bare):
+    match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)/?", found.lower())
+    if not match or not 0 < int(match[2] or 80) <= 65535:
         raise ValueError
-    if found.lower() not in (bare, bare + "/") or parts.port == 0:
-        raise ValueError
-    return bare
+    return match[1]
 
 
 def _domain(found: str) -> str:
@@ -603,7 +614,7 @@ UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
 PLAIN: dict[Any, str] = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
 
 
-# What is said about mistakes.
+# --- What is said about mistakes --------------------------------------------------------------------------------------
 
 
 def _explained(item: Any, found: Layer) -> Fault:

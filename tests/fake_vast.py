@@ -1755,6 +1755,8 @@ class FakeVast:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         route, names, call, query = self._arrived(request)
         self.log.append(call)
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         chunks: list[bytes] = []
         size = 0
         async for chunk in request.content.iter_any():
@@ -1797,36 +1799,46 @@ class FakeVast:
         return route, names, call, dict(parse_qsl(query, keep_blank_values=True))
 
     async def _serve(self, request: web.BaseRequest, asked: _Asked) -> web.StreamResponse:
-        call, kind = asked.call, ""
+        call = asked.call
         fault = next((f for f in self.faults if f.applies(call.template, self._chance)), None)
-        if fault and fault.kind == "refuse429":
-            fault.used += 1
-            return self._finish(request, call, self._forced(fault, asked))
-        verdict = self._limiter.weigh(self._limits_for(asked), call.at)
-        if verdict.refused_by:
-            refused = _refusal(self._form_of(asked.route), verdict.refused_by, None, asked.wall)
-            return self._finish(request, call, refused, verdict)
-        if fault:
-            fault.used += 1
-            kind = fault.kind
-        if fault and kind == "drop_before":
-            return _hang_up(request, fault)
-        if fault and kind == "big":
-            return await self._big(request, call, fault.size, verdict)
-        if fault and kind == "status":
-            return self._finish(request, call, _scripted(fault), verdict)
-        if fault and kind == "slow_before":
-            await asyncio.sleep(fault.delay)
-            asked = replace(asked, now=asyncio.get_running_loop().time(), wall=self.wall())
-        reply = self._act(asked)
-        if fault and kind == "slow":
-            await asyncio.sleep(fault.delay)
-        if fault and kind == "drop_after":
-            return _hang_up(request, fault)
-        if fault and kind == "status_after":
-            reply = _scripted(fault)
-        if fault and kind == "truncate":
-            return await self._truncated(request, call, reply, verdict, fault)
+        verdict = None
+        if fault is None or fault.kind != "refuse429":
+            verdict = self._limiter.weigh(self._limits_for(asked), call.at)
+            if verdict.refused_by:
+                refused = _refusal(self._form_of(asked.route), verdict.refused_by, None, asked.wall)
+                return self._finish(request, call, refused, verdict)
+        if fault is None:
+            return self._finish(request, call, self._act(asked), verdict)
+        fault.used += 1
+        return await self._misbehave(request, asked, fault, verdict)
+
+    async def _misbehave(
+        self, request: web.BaseRequest, asked: _Asked, fault: Fault, verdict: _Verdict | None
+    ) -> web.StreamResponse:
+        call = asked.call
+        match fault.kind:
+            case "drop_before":
+                return _hang_up(request, fault)
+            case "drop_after":
+                self._act(asked)
+                return _hang_up(request, fault)
+            case "truncate":
+                return await self._truncated(request, call, self._act(asked), verdict, fault)
+            case "slow":
+                reply = self._act(asked)
+                await asyncio.sleep(fault.delay)
+            case "slow_before":
+                await asyncio.sleep(fault.delay)
+                reply = self._act(replace(asked, now=asyncio.get_running_loop().time(), wall=self.wall()))
+            case "status":
+                reply = _scripted(fault)
+            case "status_after":
+                self._act(asked)
+                reply = _scripted(fault)
+            case "big":
+                return await self._big(request, call, fault.size, verdict)
+            case "refuse429":
+                reply = self._forced(fault, asked)
         return self._finish(request, call, reply, verdict)
 
     def _act(self, asked: _Asked) -> _Reply:
@@ -1931,7 +1943,7 @@ class FakeVast:
         return web.Response(status=reply.status, body=body, headers=headers)
 
     async def _truncated(
-        self, request: web.BaseRequest, call: Call, reply: _Reply, verdict: _Verdict, fault: Fault
+        self, request: web.BaseRequest, call: Call, reply: _Reply, verdict: _Verdict | None, fault: Fault
     ) -> web.StreamResponse:
         headers = self._headers(reply, verdict)
         body = self._packed(request, reply, headers)
@@ -1943,7 +1955,9 @@ class FakeVast:
         _hang_up(request, fault)
         return response
 
-    async def _big(self, request: web.BaseRequest, call: Call, size: int, verdict: _Verdict) -> web.StreamResponse:
+    async def _big(
+        self, request: web.BaseRequest, call: Call, size: int, verdict: _Verdict | None
+    ) -> web.StreamResponse:
         """`size` bytes of JSON, of which 64 KiB are held at a time."""
         head, tail = b'{"pad":"', b'"}'
         left = max(0, size - len(head) - len(tail))

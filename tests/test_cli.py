@@ -12,6 +12,8 @@ from sys import executable
 
 import pytest
 
+from proxy import __version__
+
 CHECKOUT = Path(__file__).parent.parent
 COMMANDS = ("serve", "check-config", "routes")
 
@@ -49,8 +51,7 @@ def test_without_arguments_it_shows_help_and_fails() -> None:
 
 def test_the_version_is_one_line() -> None:
     told = vast_proxy("--version")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert re.fullmatch(r"vast-proxy .+\n", told.stdout)
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"vast-proxy {__version__}\n", "")
 
 
 def test_the_version_and_the_help_are_quick_because_nothing_heavy_is_imported() -> None:

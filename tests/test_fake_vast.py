@@ -5,12 +5,16 @@ import gzip
 import io
 import json
 import ssl
+import subprocess
+import sys
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, get_args
 
 import aiohttp
+import fake_vast
 import pytest
 import trustme
 from fake_vast import Behaviour, FakeVast, Fault, Form, Limit, identity_of
@@ -489,6 +493,22 @@ async def test_a_large_body_is_welcome(meet: Meet) -> None:
     assert len(fake.log[0].body) == 5_000_000
 
 
+async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(meet: Meet) -> None:
+    fake, client = await meet(limits=FREE)
+    await client("POST", "/api/v0/ssh/", {"ssh_key": "A"}, expect100=True)
+    assert fake.count("ssh+") == 1
+
+
+async def test_an_idle_connection_is_closed(meet: Meet) -> None:
+    fake, _ = await meet(keepalive_timeout=5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", fake.port)
+    start = asyncio.get_running_loop().time()
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+    assert asyncio.get_running_loop().time() - start == pytest.approx(5, abs=0.1)
+
+
 async def test_connections_are_numbered(meet: Meet) -> None:
     fake, client = await meet(limits=FREE)
     async with aiohttp.ClientSession() as session:
@@ -522,3 +542,17 @@ async def test_a_slow_handshake_delays_what_is_read_from_a_new_connection_only(s
     await fake.stop()
     assert [call.at - start for call in fake.log] == pytest.approx([3, 3], abs=0.1)
     assert (fake.accepted, fake.count("rented"), fake.url.partition(":")[0]) == (1, 1, "https" if secure else "http")
+
+
+def test_by_hand_it_says_where_it_is_and_logs_no_keys() -> None:
+    command = [sys.executable, fake_vast.__file__, "--port", "0", "--headers", "--account", "3:5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        url = said.partition("VAST_URL=")[2].split()[0]
+        with urllib.request.urlopen(f"{url}{USER}?api_key=secret") as response:
+            assert response.headers["X-RateLimit-Limit"] == "1.0"
+        logged = process.stdout.readline()
+        process.terminate()
+    assert "200  GET /api/v0/users/current" in logged
+    assert "secret" not in logged

@@ -99,6 +99,16 @@ def test_a_file_or_section_of_comments_only_is_fine(text: str, tmp_path: Path) -
     assert loaded(text, tmp_path).limits == load(None, NOWHERE, {}).limits
 
 
+def test_an_ipv6_address_needs_no_quotes_in_the_environment() -> None:
+    assert from_environment(LISTEN="[::1]:8080").listen == Listen("::1", 8080)
+
+
+def test_what_an_alias_merges_is_no_duplicate(tmp_path: Path) -> None:
+    text = "limits:\n  global: &all {<<: {rate: 1}, rate: 2}\n  serverless: *all\n"
+    limits = loaded(text, tmp_path).limits
+    assert limits.global_ == limits.serverless == Ceiling(rate=2.0)
+
+
 def test_vast_proxy_config_names_the_file_unless_the_command_line_does(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("listen: 127.0.0.1:1")
     (tmp_path / "b.yaml").write_text("listen: 127.0.0.1:2")
@@ -183,7 +193,7 @@ OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
     ("limits", "margin"): ("0.5", 0.5),
     ("log", "level"): ("error", "error"),
     ("log", "format"): ("json", "json"),
-    ("state", "file"): ("/tmp/s.json", Path("/tmp/s.json")),
+    ("state", "file"): ("/var/s.json", Path("/var/s.json")),
     ("cache", "share_searches"): ("true", True),
 }
 
@@ -354,12 +364,12 @@ def test_all_mistakes_are_told_at_once_in_order(tmp_path: Path) -> None:
         "$VAST_PROXY_CACHE: cache.max_bites: unknown key, did you mean 'max_bytes'?",
         "$VAST_PROXY_LIMITS_SCALE: unknown variable, did you mean 'VAST_PROXY_LIMITS__SCALE'?",
         "$VAST_PROXY_LIMITS__MARGIN: limits.margin: expected a number from 0 to 1, got '2'",
-        told[8],
+        f"$VAST_PROXY_RETRY__BACKOFF_MAX: retry.backoff_max: {DURATION}, got '['",
         "--log-level: log.level: expected one of debug, info, warning, error, got 'loud'",
         f"--upstream: upstreams.api: {URL}, got 'x'",
     ]
     assert told[3].startswith("proxy.yaml:7: routes[0].effect: unknown value 'eat'")
-    assert told[8].startswith("$VAST_PROXY_RETRY__BACKOFF_MAX: retry.backoff_max: not YAML: ")
+    assert len(told) == 11
 
 
 def test_every_wrong_route_and_family_is_told_with_its_line(tmp_path: Path) -> None:

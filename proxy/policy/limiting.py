@@ -29,6 +29,8 @@ GUESSED_FOR = 3600.0
 """Seconds for which an interval found by trial is believed: the cause may have been somebody else's calls."""
 SETTLED = 0.12
 """A guess is good enough once the longest refused and the shortest accepted gap are this close (a fraction)."""
+SETTLED_IF_DOCUMENTED = 0.25
+"""The same where the vendor gave a number: it is seldom far off, and each further refusal costs more than it tells."""
 LONGEST_GUESS = 120.0
 MARGIN_STEP, MARGIN_MAX, MARGIN_DECAY = 0.02, 0.5, 0.02
 LONGEST_HEADER_BLOCK = 10.0
@@ -482,7 +484,8 @@ class Bucket:
         """Between the bounds; `untried`: the guess in force has not met a clean gap yet, so it comes first."""
         assert self.longest_refused is not None and self.shortest_accepted is not None
         low, high = self.longest_refused, self.shortest_accepted
-        guess = high if high - low <= SETTLED * high else (low + high) / 2
+        settled = SETTLED_IF_DOCUMENTED if self.base.source == "documented" else SETTLED
+        guess = high if high - low <= settled * high else (low + high) / 2
         if untried and self._interval is not None and low < self.spacing < guess:
             guess = self.spacing
         # The gap as kept includes the margin; it is not to be added twice.

@@ -176,17 +176,22 @@ def parameter(route: Route, target: str) -> tuple[str, ...]:
 class _Node:
     """A segment in the tree of routes: what may follow it, and the routes that end with it."""
 
-    __slots__ = ("any", "ends", "literals")
+    __slots__ = ("any", "ends", "literals", "number")
 
     def __init__(self) -> None:
         self.literals: dict[str, _Node] = {}
+        # `{id}` is a number and nothing else: PUT /instances/{id}/ is harmless, a new PUT /instances/<verb>/ may not be.
+        self.number: _Node | None = None
         self.any: _Node | None = None
         self.ends: dict[str, Route] = {}
 
     def add(self, route: Route) -> None:
         node = self
         for segment in _segments(route.template):
-            if segment[:1] == "{":
+            if segment == "{id}":
+                node.number = node.number or _Node()
+                node = node.number
+            elif segment[:1] == "{":
                 node.any = node.any or _Node()
                 node = node.any
             else:
@@ -204,6 +209,10 @@ class _Node:
         literal = self.literals.get(segment)
         if literal is not None:
             found = literal.find(method, path, at + 1)
+            if found is not None:
+                return found
+        if self.number is not None and segment.isdecimal() and segment.isascii():
+            found = self.number.find(method, path, at + 1)
             if found is not None:
                 return found
         if self.any is not None and segment:

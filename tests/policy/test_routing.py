@@ -400,10 +400,10 @@ _SMALL = Routes.build(
     [
         {
             "routes": [
-                {"route": "GET /a/{id}/", "effect": "read"},
-                {"route": "PUT /a/{id}/", "effect": "write"},
+                {"route": "GET /a/{word}/", "effect": "read"},
+                {"route": "PUT /a/{word}/", "effect": "write"},
                 {"route": "GET /a/one/", "effect": "read"},
-                {"route": "GET /a/{id}/b", "effect": "read"},
+                {"route": "GET /a/{word}/b", "effect": "read"},
                 {"route": "GET /a/one/c/", "effect": "read"},
                 {"route": "GET /", "effect": "read"},
                 {"route": "DELETE /r/{name}/x/{key}/", "effect": "write"},
@@ -413,21 +413,28 @@ _SMALL = Routes.build(
 )
 
 
+def test_an_id_is_a_number_so_that_a_verb_nobody_listed_is_not_taken_for_one() -> None:
+    routes = Routes.build([{"routes": [{"route": "PUT /a/{id}/", "effect": "write"}]}])
+    assert routes.match("PUT", "/a/42/").listed
+    assert not routes.match("PUT", "/a/explode/").listed
+    assert not routes.match("PUT", "/a/\u0664\u0662/").listed
+
+
 @pytest.mark.parametrize(
     ("method", "target", "template"),
     [
-        ("GET", "/a/5", "/a/{id}/"),
+        ("GET", "/a/5", "/a/{word}/"),
         ("GET", "/a/one/?q=/x/%2F", "/a/one/"),
         ("GET", "/a/%6fne", "/a/one/"),
-        ("GET", "/a/one/b/", "/a/{id}/b"),
+        ("GET", "/a/one/b/", "/a/{word}/b"),
         ("GET", "/a/one/c", "/a/one/c/"),
-        ("PUT", "/a/one", "/a/{id}/"),
+        ("PUT", "/a/one", "/a/{word}/"),
         ("HEAD", "/a/one", "/a/one/"),
         ("GET", "/", "/"),
         ("GET", "/?x=1", "/"),
         ("GET", "", "/"),
-        ("GET", "/a/%FF%", "/a/{id}/"),
-        ("GET", "/a/\udc80", "/a/{id}/"),
+        ("GET", "/a/%FF%", "/a/{word}/"),
+        ("GET", "/a/\udc80", "/a/{word}/"),
         ("DELETE", "/r/Some%20Role/x/5", "/r/{name}/x/{key}/"),
     ],
 )

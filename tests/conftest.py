@@ -1,0 +1,171 @@
+"""A whole proxy in front of the fake, on real sockets and a clock that jumps to the next thing that happens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fake_vast import Behaviour, FakeVast
+
+from proxy.app import App
+from proxy.settings import Settings, load
+from proxy.upstream import Upstream
+
+NOON = 1_785_000_000.0
+"""The date on which virtual tests begin, epoch seconds."""
+
+
+def pytest_configure() -> None:
+    # Without this Python 3.11 makes an event loop for whoever asks for the current one, and nobody closes it.
+    asyncio.set_event_loop(None)
+
+
+class Answer:
+    """One response, read whole."""
+
+    def __init__(self, response: aiohttp.ClientResponse, body: bytes) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.raw_headers = response.raw_headers
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def cache(self) -> str:
+        """Cache-Status without our name."""
+        return self.headers.get("Cache-Status", "").removeprefix("vast-proxy; ")
+
+    def __repr__(self) -> str:
+        return f"<{self.status} {self.cache} {self.body[:200]!r}>"
+
+
+class Gateway:
+    """A proxy, the fake behind it, and a client that says what it means in one line."""
+
+    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession) -> None:
+        self.app = app
+        self.fake = fake
+        self.session = session
+        self.url = f"http://{app.address}"
+
+    async def __call__(self, method: str, path: str, body: Any = None, key: str = "k", **more: Any) -> Answer:
+        headers = {"User-Agent": "vastai-cli/1.9.1"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        headers |= more.pop("headers", {})
+        async with self.session.request(
+            method, self.url + path, json=body, headers=headers, allow_redirects=False, **more
+        ) as response:
+            return Answer(response, await response.read())
+
+    async def get(self, path: str, **more: Any) -> Answer:
+        return await self("GET", path, **more)
+
+    async def put(self, path: str, body: Any = None, **more: Any) -> Answer:
+        return await self("PUT", path, {} if body is None else body, **more)
+
+    async def post(self, path: str, body: Any = None, **more: Any) -> Answer:
+        return await self("POST", path, {} if body is None else body, **more)
+
+    async def delete(self, path: str, **more: Any) -> Answer:
+        return await self("DELETE", path, {}, **more)
+
+    def offer(self, number: int = 0) -> str:
+        """The path that rents an offer that is still to be had."""
+        offers = sorted(self.fake.offers, key=lambda offer: int(offer["id"]))
+        return f"/api/v0/asks/{offers[number]['id']}/"
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+Start = Callable[..., Any]
+
+
+def settings_for(fake_url: str, tmp_path: Path, given: Mapping[str, Any] | None = None) -> Settings:
+    """The shipped settings, pointed at the fake, with a state file of the test's own."""
+    file = tmp_path / "proxy.yaml"
+    merged: dict[str, Any] = {
+        "listen": "127.0.0.1:0",
+        "upstreams": {"api": fake_url, "serverless": fake_url, "hosts": []},
+        "state": {"file": str(tmp_path / "state.json")},
+        "log": {"level": "warning"},
+    }
+    for section, values in (given or {}).items():
+        if isinstance(values, Mapping) and isinstance(merged.get(section), dict):
+            merged[section] |= values
+        else:
+            merged[section] = values
+    file.write_text(json.dumps(merged))
+    return load(file, {}, {})
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start a proxy in front of a fake: `await start(Behaviour(...), limits={"scale": 2})`. All ends with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(
+            behaviour: Behaviour | None = None,
+            *,
+            fake: FakeVast | None = None,
+            server_tls: ssl.SSLContext | None = None,
+            client_tls: ssl.SSLContext | None = None,
+            fast: bool = False,
+            **given: Any,
+        ) -> Gateway:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+
+            def wall() -> float:
+                return NOON + loop.time() - began
+
+            if fake is None:
+                fake = FakeVast(behaviour, wall=wall)
+                await fake.start(ssl_context=server_tls)
+                stack.push_async_callback(fake.stop)
+            if fast:
+                given.setdefault("limits", {}).update({"scale": 1e-6, "global": None})
+                fake.behaviour = replace(fake.behaviour, scale=0.0)
+            app = App(settings_for(fake.url, tmp_path, given), wall=wall, tls=client_tls, chance=lambda: 0.5)
+            await app.start()
+            stack.push_async_callback(app.stop, 1.0)
+            session = await stack.enter_async_context(
+                aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+                )
+            )
+            return Gateway(app, fake, session)
+
+        yield begin
+
+
+@asynccontextmanager
+async def upstream_for(settings: Settings, tls: ssl.SSLContext | None = None) -> AsyncIterator[Upstream]:
+    """The client alone."""
+    upstream = Upstream(settings.upstreams, tls)
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment for a subprocess: nothing that would point it, or us, anywhere else."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().endswith("_PROXY") and not name.startswith(("VAST", "XDG"))
+    }

@@ -1,0 +1,461 @@
+"""The whole path: real sockets, the real rules, the fake that keeps the limits it documents; virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from conftest import Gateway, Start
+from fake_vast import Behaviour, Fault, Form, Limit
+
+pytestmark = pytest.mark.looptime
+
+ASK = "PUT /api/v0/asks/{id}/"
+BUNDLES = "POST /api/v0/bundles/"
+FORMS: list[Form] = ["text", "text_threshold", "detail", "success_false", "json_retry_after"]
+QUERY = {"verified": {"eq": True}, "rentable": {"eq": True}, "order": [["score", "desc"]], "type": "on-demand"}
+UNLISTED = "/api/v0/nobody/knows/this/"
+
+
+async def rent(gateway: Gateway, count: int, key: str = "k") -> list[Any]:
+    paths = [gateway.offer(number) for number in range(count)]
+    return await asyncio.gather(*(gateway.put(path, {"client_id": "me"}, key=key) for path in paths))
+
+
+# --- Limits -----------------------------------------------------------------------------------------------------------
+
+
+async def test_twenty_creates_at_once_all_succeed_and_none_meets_a_429(start: Start) -> None:
+    gateway = await start(Behaviour(limits={ASK: Limit(4.5, 1, 12)}))
+    began = gateway.now()
+    answers = await rent(gateway, 20)
+    assert [answer.status for answer in answers] == [200] * 20
+    assert gateway.fake.refused == []
+    assert gateway.fake.count("rented") == 20
+    assert gateway.now() - began <= 19 * 4.5 * 1.02
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_where_the_documented_interval_is_too_short_at_most_two_429s_are_met(start: Start, form: Form) -> None:
+    gateway = await start(Behaviour(form=form, limits={ASK: Limit(5.5)}))
+    began = gateway.now()
+    answers = await rent(gateway, 20)
+    assert [answer.status for answer in answers] == [200] * 20
+    assert len(gateway.fake.refused) <= 2
+    assert gateway.now() - began <= 19 * 5.5 * 1.15
+
+
+@pytest.mark.parametrize("true_interval", [1.0, 1.7, 3.0, 7.5, 20.0])
+@pytest.mark.parametrize("form", ["text", "json_retry_after"])
+async def test_an_unlisted_endpoint_is_learned_from_its_refusals(
+    start: Start, form: Form, true_interval: float
+) -> None:
+    gateway = await start(Behaviour(form=form, limits={"*": Limit(true_interval)}))
+    began = gateway.now()
+    answers = await asyncio.gather(*(gateway.get(f"{UNLISTED}?page={number}") for number in range(40)))
+    assert {answer.status for answer in answers} == {404}
+    assert len(gateway.fake.refused) <= 10
+    assert gateway.now() - began <= 39 * true_interval * 1.5
+
+
+async def test_gaps_between_sends_are_never_below_the_interval_and_start_with_no_burst(start: Start) -> None:
+    gateway = await start()
+    await asyncio.gather(*(gateway.get(f"/api/v0/instances/{n}/?owner=me") for n in range(12)))
+    gaps = gateway.fake.gaps("GET /api/v0/instances/{id}/")
+    assert len(gaps) == 11
+    assert min(gaps) >= 2.0
+
+
+async def test_a_bucket_that_allows_a_burst_gives_it_and_no_more(start: Start) -> None:
+    gateway = await start(limits={"global": None})
+    bodies = [QUERY | {"limit": number} for number in range(12)]
+    await gateway.get("/api/v0/users/current")  # the account's window opens by and by
+    await asyncio.gather(*(gateway.post("/api/v0/bundles/", body) for body in bodies))
+    assert gateway.fake.refused == []
+    at = [call.at for call in gateway.fake.calls(BUNDLES)]
+    assert at[4] - at[0] < 1.0
+    assert all(later - earlier >= 2.0 for earlier, later in pairwise(at[5:]))
+
+
+async def test_the_ceiling_bounds_all_routes_together(start: Start) -> None:
+    gateway = await start(limits={"global": {"rate": 1, "burst": 1}})
+    await asyncio.gather(*(gateway.get(f"/api/v0/one-of-many-{name}/") for name in "abcdefghij"))
+    gaps = gateway.fake.gaps()
+    assert len(gaps) == 9
+    assert min(gaps) >= 0.999
+
+
+async def test_a_slow_handshake_does_not_shorten_the_gap_that_the_vendor_sees(start: Start) -> None:
+    gateway = await start(Behaviour(handshake_delay=0.3, keepalive_timeout=0.5))
+    answers = await asyncio.gather(*(gateway.get(f"/api/v0/instances/{n}/?owner=me") for n in range(5)))
+    assert {answer.status for answer in answers} == {200}
+    assert gateway.fake.refused == []
+    assert min(gateway.fake.gaps("GET /api/v0/instances/{id}/")) >= 2.0
+    assert gateway.fake.accepted == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_429_is_solved_here_whatever_its_form_and_the_method(start: Start, form: Form) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(kind="refuse429", times=3, form=form, retry_after=7))
+    answer = await gateway.put(gateway.offer(), {"client_id": "me"})
+    assert answer.status == 200
+    assert 'attempts;desc="4"' in answer.headers["Server-Timing"]
+    assert gateway.fake.count("rented") == 1
+
+
+async def test_a_refusal_shuts_the_bucket_for_everybody_in_line(start: Start) -> None:
+    gateway = await start()
+    path = "/api/v0/instances/{}/?owner=me"
+    await gateway.get(path.format(0))
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=30))
+    await asyncio.gather(*(gateway.get(path.format(n)) for n in range(1, 6)))
+    at = [call.at for call in gateway.fake.calls("GET /api/v0/instances/{id}/")]
+    assert at[2] - at[1] >= 30
+    assert min(b - a for a, b in pairwise(at[2:])) >= 2.0
+
+
+async def test_after_a_refusal_the_request_goes_on_from_its_own_place(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=5))
+    order: list[int] = []
+
+    async def ask(number: int) -> None:
+        await asyncio.sleep(number * 0.01)
+        await gateway.get(f"/api/v0/instances/{number}/?owner=me")
+        order.append(number)
+
+    await asyncio.gather(*(ask(number) for number in range(5)))
+    assert order == [0, 1, 2, 3, 4]
+
+
+async def test_the_daily_quota_comes_through_as_the_vendor_sent_it(start: Start) -> None:
+    gateway = await start(Behaviour(search_quota=1))
+    await gateway.post("/api/v0/bundles/", QUERY)
+    answer = await gateway.post("/api/v0/bundles/", QUERY | {"limit": 3})
+    assert answer.status == 429
+    assert answer.json["error"] == "search_quota_exceeded"
+    assert int(answer.headers["X-RateLimit-Reset"]) % 86400 == 0
+    assert len(gateway.fake.calls(BUNDLES)) == 2
+
+
+async def test_invitations_and_2fa_are_never_tried_again(start: Start) -> None:
+    gateway = await start(Behaviour(tfa_error="tfa_locked"))
+    path = "/api/v0/team/invite/?email=a@example.com&role=member"
+    await gateway.post(path)
+    again = await gateway.post(path)
+    assert again.status == 429
+    assert "invitation already sent" in again.json["msg"]
+    locked = await gateway.post("/api/v0/tfa/", {"code": "123456"})
+    assert (locked.status, locked.json["error"]) == (429, "tfa_locked")
+    assert len(gateway.fake.calls("POST /api/v0/tfa/")) == 1
+
+
+async def test_an_account_layer_is_found_and_kept(start: Start) -> None:
+    gateway = await start(Behaviour(form="json_retry_after", account=Limit(2.0, 5, 4)), limits={"global": None})
+    paths = ["ssh/", "volumes", "machines", "template/", "deployments", "charges/", "subaccounts", "clusters/"]
+    answers = await asyncio.gather(*(gateway.get(f"/api/v0/{path}?n={n}") for n in range(3) for path in paths))
+    assert {answer.status for answer in answers} == {200}
+    assert len(gateway.fake.refused) <= 6
+    shown = (await gateway.get("/_proxy/status")).json["limits"]
+    account = next(limit for limit in shown if limit["route"] == "account")
+    assert account["source"] == "learned"
+
+
+async def test_an_address_layer_is_found_and_counted_for_all_keys_together(start: Start) -> None:
+    gateway = await start(Behaviour(form="text_threshold", scope="ip"))
+    paths = [f"/api/v0/instances/{n}/?owner=me" for n in range(12)]
+    answers = await asyncio.gather(*(gateway.get(path, key=f"key{n}") for n, path in enumerate(paths)))
+    assert {answer.status for answer in answers} == {200}
+    assert len(gateway.fake.refused) <= 4  # those that were on their way with the first
+    assert min(gateway.fake.gaps("GET /api/v0/instances/{id}/")[5:]) >= 2.0
+
+
+async def test_a_wait_that_would_be_too_long_is_refused_at_once(start: Start) -> None:
+    gateway = await start(queue={"max_wait": 10})
+    began = gateway.now()
+    answers = await rent(gateway, 6)
+    refused = [answer for answer in answers if answer.status == 429]
+    assert len(refused) == 3
+    assert {answer.json["error"] for answer in refused} == {"wait_too_long"}
+    assert all(1 <= int(answer.headers["Retry-After"]) <= 60 for answer in refused)
+    assert {answer.headers["Content-Type"] for answer in refused} == {"application/json"}
+    assert gateway.now() - began < 11
+
+
+async def test_a_full_queue_refuses_at_once(start: Start) -> None:
+    gateway = await start(queue={"max_waiting": 3})
+    answers = await rent(gateway, 6)
+    assert sorted(answer.status for answer in answers) == [200] * 4 + [429] * 2
+    assert {answer.json["error"] for answer in answers if answer.status == 429} == {"queue_full"}
+
+
+async def test_what_was_learned_and_what_is_owed_survive_a_restart(start: Start) -> None:
+    first = await start(Behaviour(form="text_threshold", limits={ASK: Limit(6.0)}))
+    await rent(first, 3)
+    await first.app.stop(1.0)
+    second = await start(fake=first.fake)
+    refused = len(first.fake.refused)
+    assert (await second.put(second.offer(), {"client_id": "me"})).status == 200
+    await rent(second, 2)
+    assert len(second.fake.refused) == refused
+    assert min(second.fake.gaps(ASK)[-3:]) >= 6.0
+    shown = (await second.get("/_proxy/status")).json["limits"]
+    asks = next(limit for limit in shown if limit["route"] == ASK)
+    assert (asks["source"], asks["interval"]) == ("learned", 6.0)
+
+
+# --- Failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["drop_before", "drop_after", "truncate", "status"])
+async def test_a_read_that_fails_is_sent_again(start: Start, kind: Any) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match="GET *", kind=kind, times=2, status=503))
+    answer = await gateway.get("/api/v0/instances/")
+    assert answer.status == 200
+    assert len(gateway.fake.log) == 3
+
+
+@pytest.mark.parametrize("kind", ["drop_before", "drop_after", "truncate", "status_after", "slow"])
+async def test_a_spend_whose_answer_is_lost_is_sent_once_and_told_as_unknown(start: Start, kind: Any) -> None:
+    gateway = await start(upstreams={"read_timeout": 20})
+    gateway.fake.faults.append(Fault(match=ASK, kind=kind, status=502, delay=60))
+    answer = await gateway.put(gateway.offer(), {"client_id": "me"})
+    assert (answer.status, answer.json["error"]) == (500, "outcome_unknown")
+    assert "vastai show instances" in answer.json["msg"]
+    assert len(gateway.fake.calls(ASK)) == 1
+
+
+async def test_a_bulk_creation_with_an_unknown_outcome_ends_the_clients_six_rounds(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match="POST /api/v0/asks/bulk/", kind="drop_after"))
+    answer = await gateway.post("/api/v0/asks/bulk/", {"asks": []})
+    assert (answer.status, answer.json["success"], answer.json["error"]) == (200, False, "outcome_unknown")
+
+
+async def test_a_write_that_sets_a_state_is_sent_again(start: Start) -> None:
+    gateway = await start()
+    await rent(gateway, 1)
+    ident = next(iter(gateway.fake.world.account(gateway.fake.effects[0].identity).instances))
+    gateway.fake.faults.append(Fault(match="PUT /api/v0/instances/{id}/", kind="drop_after"))
+    answer = await gateway.put(f"/api/v0/instances/{ident}/", {"state": "stopped"})
+    assert answer.status == 200
+    assert len(gateway.fake.calls("PUT /api/v0/instances/{id}/")) == 2
+
+
+async def test_an_upstream_that_is_away_is_told_in_one_sentence_after_the_tries(start: Start) -> None:
+    gateway = await start()
+    await gateway.fake.stop()
+    answer = await gateway.get("/api/v0/instances/")
+    assert (answer.status, answer.json["error"]) == (503, "upstream_unreachable")
+    assert int(answer.headers["Retry-After"]) > 60
+    answer = await gateway.put(gateway.offer(), {"client_id": "me"})
+    assert (answer.status, answer.json["error"]) == (503, "upstream_unreachable")
+
+
+# --- Saving calls -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_hundred_equal_searches_at_once_are_one_call(start: Start) -> None:
+    gateway = await start()
+    answers = await asyncio.gather(*(gateway.post("/api/v0/bundles/", QUERY) for _ in range(100)))
+    assert len(gateway.fake.calls(BUNDLES)) == 1
+    assert len({answer.body for answer in answers}) == 1
+    assert sum(answer.cache.startswith("fwd=miss; collapsed") for answer in answers) == 99
+
+
+async def test_a_search_is_answered_from_the_cache_until_its_time_is_over(start: Start) -> None:
+    gateway = await start()
+    first = await gateway.post("/api/v0/bundles/", QUERY)
+    assert first.cache == "fwd=miss; stored; ttl=60"
+    await asyncio.sleep(41)
+    second = await gateway.post("/api/v0/bundles/", QUERY)
+    assert second.cache == "hit; ttl=19"
+    assert second.headers["Age"] == "41"
+    assert second.body == first.body
+    assert second.headers["Content-Type"] == "application/json"
+    await asyncio.sleep(20)
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache == "fwd=stale; stored; ttl=60"
+
+
+async def test_equal_sees_through_key_order_encodings_slashes_and_spellings(start: Start) -> None:
+    gateway = await start()
+    await gateway.post("/api/v0/bundles/", QUERY)
+    turned = dict(reversed(list(QUERY.items())))
+    assert (await gateway.post("/api/v0/bundles", turned)).cache.startswith("hit")
+    packed = json.dumps(turned, separators=(",", ":"))
+    assert (await gateway.get("/api/v0/bundles/", params={"q": packed})).cache.startswith("hit")
+    assert (await gateway.put("/api/v0/search/asks/", {"q": QUERY})).cache.startswith("fwd=miss")
+
+
+async def test_identities_never_share_an_answer_however_the_key_is_given(start: Start) -> None:
+    gateway = await start()
+    path = "/api/v0/users/current"
+    await gateway.get(path, key="one")
+    assert (await gateway.get(path, key="two")).cache.startswith("fwd=miss")
+    assert (await gateway.get(path, key="one", headers={"Cookie": "session=2"})).cache.startswith("fwd=miss")
+    assert (await gateway.get(f"{path}?api_key=three", key="")).cache.startswith("fwd=miss")
+    assert (await gateway.get(f"{path}?api%5Fkey=four", key="")).cache.startswith("fwd=miss")
+    assert (await gateway.get(f"{path}?api_key=one", key="")).cache.startswith("hit")
+
+
+async def test_a_read_after_a_write_never_shows_the_state_before_it(start: Start) -> None:
+    gateway = await start()
+    await rent(gateway, 1)
+    path = "/api/v1/instances/"
+    assert len((await gateway.get(path)).json["instances"]) == 1
+    await rent(gateway, 1)
+    assert len((await gateway.get(path)).json["instances"]) == 2
+
+
+async def test_a_read_begun_before_a_write_is_not_what_a_later_read_gets(start: Start) -> None:
+    gateway = await start(limits={"global": None})
+    await rent(gateway, 1)
+    path = "/api/v1/instances/"
+    gateway.fake.faults.append(Fault(match=f"GET {path}", kind="slow", delay=20))
+    slow = asyncio.ensure_future(gateway.get(path))
+    await asyncio.sleep(1)
+    await rent(gateway, 1)
+    after = await gateway.get(path)
+    assert len(after.json["instances"]) == 2
+    assert len((await slow).json["instances"]) == 1
+    assert len((await gateway.get(path)).json["instances"]) == 2
+
+
+async def test_a_rental_ends_the_markets_epoch_and_a_label_does_not(start: Start) -> None:
+    gateway = await start()
+    await rent(gateway, 1)
+    await gateway.post("/api/v0/bundles/", QUERY)
+    ident = next(iter(gateway.fake.world.account(gateway.fake.effects[0].identity).instances))
+    await gateway.put(f"/api/v0/instances/{ident}/", {"label": "mine"})
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("hit")
+    await rent(gateway, 1)
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("fwd=")
+
+
+async def test_an_offer_that_is_gone_ends_the_markets_epoch(start: Start) -> None:
+    gateway = await start()
+    await gateway.post("/api/v0/bundles/", QUERY)
+    assert (await gateway.put("/api/v0/asks/1/", {"client_id": "me"})).status == 404
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("fwd=")
+
+
+@pytest.mark.parametrize("fault", [Fault(kind="status", status=503, times=None), Fault(kind="drop_before", times=None)])
+async def test_a_stale_answer_is_served_when_upstream_is_away(start: Start, fault: Fault) -> None:
+    gateway = await start()
+    first = await gateway.post("/api/v0/bundles/", QUERY)
+    await rent(gateway, 1)  # one rental must not make every previous result useless
+    gateway.fake.faults.append(fault)
+    began = gateway.now()
+    answer = await gateway.post("/api/v0/bundles/", QUERY)
+    assert answer.status == 200
+    assert answer.body == first.body
+    assert "stale" in answer.cache
+    assert gateway.now() - began <= 6
+
+
+async def test_a_stale_answer_is_served_when_the_quota_is_spent(start: Start) -> None:
+    gateway = await start(Behaviour(search_quota=1))
+    first = await gateway.post("/api/v0/bundles/", QUERY)
+    await asyncio.sleep(100)
+    answer = await gateway.post("/api/v0/bundles/", QUERY)
+    assert (answer.status, answer.body) == (200, first.body)
+    assert answer.cache.startswith("fwd=stale; ttl=-40")
+
+
+async def test_a_short_wait_is_preferred_to_a_stale_answer_and_that_to_a_long_one(start: Start) -> None:
+    gateway = await start()
+    await gateway.post("/api/v0/bundles/", QUERY)
+    await asyncio.sleep(70)
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=3))
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("fwd=stale; stored")
+    await asyncio.sleep(70)
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=30))
+    began = gateway.now()
+    assert "detail=stale" in (await gateway.post("/api/v0/bundles/", QUERY)).cache
+    assert gateway.now() - began <= 5
+
+
+async def test_the_leader_leaving_does_not_hurt_the_followers(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match=BUNDLES, kind="slow", delay=10))
+    leader = asyncio.ensure_future(gateway.post("/api/v0/bundles/", QUERY))
+    await asyncio.sleep(1)
+    follower = asyncio.ensure_future(gateway.post("/api/v0/bundles/", QUERY))
+    await asyncio.sleep(1)
+    leader.cancel()
+    assert (await follower).status == 200
+    assert len(gateway.fake.calls(BUNDLES)) == 1
+
+
+async def test_a_slow_search_under_an_impatient_client_is_finished_and_stored(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match=BUNDLES, kind="slow", delay=10))
+    asking = asyncio.ensure_future(gateway.post("/api/v0/bundles/", QUERY))
+    await asyncio.sleep(1)
+    asking.cancel()
+    await asyncio.sleep(15)
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("hit")
+    assert len(gateway.fake.calls(BUNDLES)) == 1
+
+
+async def test_a_waiting_call_is_given_up_when_the_last_one_leaves(start: Start) -> None:
+    gateway = await start()
+    await gateway.get("/api/v0/instances/1/?owner=me")
+    asking = asyncio.ensure_future(gateway.get("/api/v0/instances/2/?owner=me"))
+    await asyncio.sleep(0.5)
+    asking.cancel()
+    await asyncio.sleep(5)
+    assert len(gateway.fake.log) == 1
+    assert repr(gateway.app.admission).startswith("<Admission 0 waiting, 0 in flight")
+    assert len(gateway.app.pipeline.flights) == 0
+
+
+async def test_cache_control_of_the_request_is_honoured(start: Start) -> None:
+    gateway = await start()
+    missing = await gateway.post("/api/v0/bundles/", QUERY, headers={"Cache-Control": "only-if-cached"})
+    assert (missing.status, missing.json["error"]) == (504, "not_cached")
+    await gateway.post("/api/v0/bundles/", QUERY, headers={"Cache-Control": "no-store"})
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache.startswith("fwd=miss")
+    await asyncio.sleep(20)
+    older = await gateway.post("/api/v0/bundles/", QUERY, headers={"Cache-Control": "max-age=10"})
+    assert older.cache.startswith("fwd=")
+    fresh = await gateway.post("/api/v0/bundles/", QUERY, headers={"Cache-Control": "no-cache"})
+    assert fresh.cache.startswith("fwd=")
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).cache == "hit; ttl=60"
+
+
+async def test_an_empty_list_of_instances_is_not_stored(start: Start) -> None:
+    gateway = await start()
+    await gateway.get("/api/v1/instances/")
+    assert (await gateway.get("/api/v1/instances/")).cache.startswith("fwd=")
+    assert len(gateway.fake.log) == 2
+
+
+# --- Waiting clients --------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_takes_no_heartbeat_is_told_to_come_back_in_time(start: Start) -> None:
+    gateway = await start(queue={"max_wait_plain": 10})
+    paths = [gateway.offer(number) for number in range(5)]
+    headers = {"User-Agent": "unknown/1"}
+    answers = await asyncio.gather(*(gateway.put(path, {}, headers=headers) for path in paths))
+    late = [answer for answer in answers if answer.status == 429]
+    assert len(late) == 2
+    assert {answer.json["error"] for answer in late} == {"still_queued"}
+    assert repr(gateway.app.admission).startswith("<Admission 0 waiting, 0 in flight")
+
+
+async def test_heartbeats_keep_a_known_client_on_the_line(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match="GET *", kind="slow", delay=300))
+    host, port = gateway.app.address.host, gateway.app.address.port
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /api/v0/ssh/ HTTP/1.1\r\nHost: x\r\nUser-Agent: vastai-cli/1.9.1\r\nAuthorization: Bearer k\r\n\r\n")
+    interim = await reader.readuntil(b"\r\n\r\n")
+    assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.close()
