@@ -247,6 +247,7 @@ class Bucket:
         "_surprises",
         "base",
         "base_margin",
+        "capacity",
         "correction",
         "enforced",
         "longest_refused",
