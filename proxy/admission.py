@@ -278,6 +278,11 @@ class Admission:
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
         queue = self._queue(route, credential)
+        if not origin.waiting and queue.due(now) <= now + EPSILON and origin.delay() <= 0:
+            # Nobody waits and nothing is in the way: the same grant without a line.
+            turn.returning = True
+            self._charge(origin, queue)
+            return Ticket(self, origin, queue, route, now)
         expected = self._expected(origin, queue, now, returning=turn.returning)
         if expected > until:
             raise too_long(queue, expected - now, until - now)
@@ -333,6 +338,8 @@ class Admission:
 
     def changed(self, origin: Origin, queue: _Queue) -> None:
         """A bucket or a slot of that line changed: look again at every line that needs one of them."""
+        if not origin.waiting:
+            return
         for bucket in queue.buckets:
             for user in self._users.get(id(bucket), ()):
                 self._ready(origin, user)
@@ -407,6 +414,12 @@ class Admission:
         turn = queue.pop()
         turn.granted = True
         self._waits_no_more(origin, queue)
+        self._charge(origin, queue)
+        if turn.waiter is not None:
+            turn.waiter.set_result(None)
+
+    def _charge(self, origin: Origin, queue: _Queue) -> None:
+        """Take a token of everything that a call of this line touches, and a slot."""
         origin.in_flight += 1
         queue.account.in_flight += 1
         queue.out += 1
@@ -414,8 +427,6 @@ class Admission:
             bucket.grant()
         if origin.limiter is not None:
             origin.limiter.take()
-        if turn.waiter is not None:
-            turn.waiter.set_result(None)
 
     def _leave(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
         queue.leave(turn)

@@ -7,22 +7,25 @@ import logging
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11
 from aiohttp.web_protocol import RequestHandler
+from cachetools import LRUCache
 
 from .clock import Clock
-from .pipeline import Pipeline
-from .policy import queueing
+from .pipeline import Pipeline, Understood
 from .policy.errors import Refusal, UpstreamError
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
-from .settings import ServerRules, Settings
+from .settings import ServerRules
 
 LONGEST_LINE = 32 * 1024
 """Bytes of a request line: searches by GET carry their query in it."""
 LONGEST_FIELD = 16 * 1024
+REQUESTS_KEPT, LONGEST_KEPT = 1024, 4096
+"""How many requests' meanings are kept, and the longest body (bytes) of one."""
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Server(web.Server):
         self._pipeline = pipeline
         self._admin = admin
         self._observers = tuple(observers)
+        self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -70,19 +74,16 @@ class Server(web.Server):
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
-        settings = self._pipeline.settings
         try:
-            raw = request.raw_headers
-            target = _target(request)
-            if target.startswith(OURS) and (len(target) == len(OURS) or target[len(OURS)] in "/?"):
+            raw_target = request._message.path
+            if raw_target.startswith(OURS) and (len(raw_target) == len(OURS) or raw_target[len(OURS)] in "/?"):
                 exchange.route, exchange.effect = OURS, "admin"
-                response = self._admin(request.method, target)
+                response = self._admin(request.method, raw_target)
                 exchange.status = response.status
                 return _Reply(response, request, b"")
-            headers = _fields(raw)
-            body = await _body(request, settings.server.max_body) if request.body_exists else b""
-            asked = Request(request.method, target, headers, body, request.remote or "")
-            response = await self._patiently(request, raw, asked, exchange, began, settings)
+            known = await self._understood(request)
+            found = await self._pipeline.stored(known, exchange)
+            response = found if found is not None else await self._patiently(request, known, exchange, began)
         except Refusal as refused:
             exchange.code = refused.code
             response = _refused(refused)
@@ -102,83 +103,79 @@ class Server(web.Server):
             return _Reply(response, request, extra)
         return await _stream(response, request, extra, exchange)
 
-    async def _patiently(
-        self,
-        request: web.BaseRequest,
-        raw: tuple[tuple[bytes, bytes], ...],
-        asked: Request,
-        exchange: Exchange,
-        began: float,
-        settings: Settings,
-    ) -> Response:
-        """The pipeline's answer, with the client kept waiting by interim answers, or told to come back in time."""
+    async def _understood(self, request: web.BaseRequest) -> Understood:
+        """What this request means; a poll that repeats itself to the byte is read once. Raises Refusal."""
+        body = b""
+        if request.body_exists:
+            _target(request)  # a request that is refused for its head is refused before its body is read
+            body = await _body(request, self._pipeline.settings.server.max_body)
         http_1_1 = request.version >= HttpVersion11
-        hold = _Hold(self._clock, settings, request, asked.headers, exchange, http_1_1)
-        route = settings.routes.match(asked.method, asked.target)
-        all_fields = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in raw)
-        hold.begin(
-            began, queueing.patience(all_fields, asked.target, route.upstream, settings.queue, beating=bool(hold.beat))
-        )
+        key = (request.method, request._message.path, request.raw_headers, body, http_1_1)
+        known = self._known.get(key)
+        if known is not None and known.settings is self._pipeline.settings:
+            return known
+        fields = _fields(request.raw_headers)
+        asked = Request(request.method, _target(request), end_to_end(fields), body)
+        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1)
+        if len(body) <= LONGEST_KEPT:
+            self._known[key] = known
+        return known
+
+    async def _patiently(
+        self, request: web.BaseRequest, known: Understood, exchange: Exchange, began: float
+    ) -> Response:
+        """Upstream's answer, with the client kept waiting by interim answers, or told to come back in time."""
+        hold = _Hold(self._clock, known, request.transport, exchange, began)
         try:
-            return await self._pipeline.handle(asked, exchange)
+            return await self._pipeline.fetch(known, exchange)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not hold.over or task is None or task.uncancel() > 0:
                 raise
-            raise Refusal(
-                429,
-                "still_queued",
-                f"{route.name} is still waiting for its turn; ask again and it goes on",
-                1,
-            ) from None
+            msg = f"{known.route.name} is still waiting for its turn; ask again and it goes on"
+            raise Refusal(429, "still_queued", msg, 1) from None
         finally:
             hold.end()
 
 
 class _Hold:
-    """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns their timers."""
+    """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns the one timer of both."""
 
-    __slots__ = ("_clock", "_exchange", "_interval", "_task", "_timers", "_transport", "beat", "over")
+    __slots__ = ("_clock", "_end", "_exchange", "_known", "_next", "_task", "_timer", "_transport", "over")
 
     def __init__(
-        self,
-        clock: Clock,
-        settings: Settings,
-        request: web.BaseRequest,
-        headers: Headers,
-        exchange: Exchange,
-        http_1_1: bool,
+        self, clock: Clock, known: Understood, transport: asyncio.Transport | None, exchange: Exchange, began: float
     ) -> None:
         self._clock = clock
+        self._known = known
+        self._transport = transport
         self._exchange = exchange
-        self._interval = settings.queue.heartbeat
-        self._transport = request.transport
         self._task = asyncio.current_task()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self.beat = queueing.interim(headers, http_1_1, settings.queue)
+        self._end = began + known.patience
+        self._next = began + known.settings.queue.heartbeat if known.beat else self._end
         self.over = False
-
-    def begin(self, now: float, patience: float) -> None:
-        if self.beat:
-            self._timers["beat"] = self._clock.call_at(now + self._interval, self._send)
-        self._timers["patience"] = self._clock.call_at(now + patience, self._end_of_patience)
+        """It ended the wait, not the client."""
+        self._timer = clock.call_at(min(self._next, self._end), self._tick)
 
     def end(self) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
+        """The wait is over."""
+        self._timer.cancel()
 
-    def _send(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(self.beat)
-            self._timers["beat"] = self._clock.call_at(self._clock.now() + self._interval, self._send)
-
-    def _end_of_patience(self) -> None:
-        if not self._exchange.waiting:
-            # At upstream: the answer may still come in time, and cutting it off would lose it for certain.
-            self._timers["patience"] = self._clock.call_at(self._clock.now() + 1.0, self._end_of_patience)
-        elif self._task is not None:
+    def _tick(self) -> None:
+        now = self._clock.now()
+        if now >= self._end and self._exchange.waiting:
             self.over = True
-            self._task.cancel()
+            if self._task is not None:
+                self._task.cancel()
+            return
+        if self._known.beat and now >= self._next and self._transport is not None:
+            if not self._transport.is_closing():
+                self._transport.write(self._known.beat)
+            self._next = now + self._known.settings.queue.heartbeat
+        if now >= self._end:
+            # At upstream: the answer may still come in time, and cutting it off would lose it for certain.
+            self._end = now + 1.0
+        self._timer = self._clock.call_at(min(self._next, self._end) if self._known.beat else self._end, self._tick)
 
 
 class _Connection(RequestHandler):
@@ -242,9 +239,9 @@ def _origin_form(raw: str, request: web.BaseRequest) -> str:
 
 
 def _fields(raw: tuple[tuple[bytes, bytes], ...]) -> Headers:
-    """End-to-end fields as text. Raises Refusal for a value that is not UTF-8."""
+    """All fields as text. Raises Refusal for a value that is not UTF-8."""
     try:
-        return end_to_end(tuple((name.decode("ascii"), value.decode("utf-8")) for name, value in raw))
+        return tuple((name.decode("ascii"), value.decode("utf-8")) for name, value in raw)
     except UnicodeDecodeError:
         raise _bad(400, "a header is not UTF-8") from None
 

@@ -81,12 +81,13 @@ class MemoryStore:
         return self._clock.now()
 
     async def get(self, key: str) -> bytes | None:
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept[0] if kept[1] > self._clock.now() else None
         try:
             return self._cache[key][0]
         except KeyError:
-            pass
-        kept = self._kept.get(key)
-        return kept[0] if kept is not None and kept[1] > self._clock.now() else None
+            return None
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         if ttl <= 0:

@@ -122,6 +122,8 @@ class Upstream:
         held: list[bytes] = []
         length = 0
         try:
+            if answer.content_length is not None and answer.content_length <= HOLD:
+                return _response(answer, await answer.read(), None)
             async for chunk in answer.content.iter_any():
                 held.append(chunk)
                 length += len(chunk)

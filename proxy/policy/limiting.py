@@ -247,7 +247,6 @@ class Bucket:
         "_surprises",
         "base",
         "base_margin",
-        "capacity",
         "correction",
         "enforced",
         "longest_refused",
