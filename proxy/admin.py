@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -75,11 +77,15 @@ class Totals:
 
 
 class AccessLog:
-    """One line an exchange, as text or JSON. No key, no query, no body: there is none in an exchange."""
+    """One line an exchange, as text or JSON. No key, no query, no body: there is none in an exchange.
+
+    The lines of one turn of the event loop are written together: a system call a line would cost more than the line.
+    """
 
     def __init__(self, level: str, form: str, wall: Callable[[], float], stream: TextIO | None = None) -> None:
         self._wall = wall
         self._stream = stream if stream is not None else sys.stderr
+        self._lines: list[str] = []
         self.configure(level, form)
 
     def configure(self, level: str, form: str) -> None:
@@ -90,7 +96,16 @@ class AccessLog:
     def observe(self, exchange: Exchange) -> None:
         """Write its line."""
         if self._on and exchange.effect != "admin":
-            self._stream.write(self._write(exchange))
+            if not self._lines:
+                asyncio.get_running_loop().call_soon(self.flush)
+            self._lines.append(self._write(exchange))
+
+    def flush(self) -> None:
+        """Write what has gathered. A reader that went away is no reason to stop serving."""
+        lines, self._lines = self._lines, []
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write("".join(lines))
+            self._stream.flush()
 
     def _as_text(self, exchange: Exchange) -> str:
         cache = f"{exchange.cache.value}+stored" if exchange.stored else exchange.cache.value

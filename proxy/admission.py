@@ -580,7 +580,6 @@ class Admission:
             kept = self._restored.pop(" ".join(key), None)
             if kept is not None:
                 bucket.load(kept, self.clock.now(), self.clock.wall())
-                bucket.enforced = enforced or kept.get("enforced") is True
         return bucket
 
     def _restore_account(self, key: str, account: Account) -> None:
@@ -614,8 +613,6 @@ class Admission:
         kept: dict[str, Any] = dict(self._restored)
         for key, bucket in self._buckets.items():
             state = bucket.dump(now, wall)
-            if key[0] == EVERYBODY and bucket.enforced:
-                state["enforced"] = True
             if state and (bucket.enforced or "interval" in state):
                 kept[" ".join(key)] = state
         for (who, upstream), account in self._accounts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -246,6 +247,7 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_reload)
+    gc.freeze()  # what is there now stays: the collector need not look at it again and again
     await stopping.wait()
     log.info("stopping: what is under way may end")
     await app.stop()

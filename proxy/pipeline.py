@@ -65,6 +65,8 @@ class Understood:
     asked: Directives
     question: str | None
     """The key of what is asked, epochs apart; None: neither stored nor shared."""
+    epochs: tuple[str, ...]
+    """Those in whose light an answer to it is valid."""
     beat: bytes
     """The interim answer that keeps this client waiting; empty: none."""
     patience: float
@@ -119,7 +121,8 @@ class Pipeline:
             question = caching.question(route, request, caller, settings.cache)
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
-        return Understood(settings, request, caller, route, asked, question, beat, patience)
+        epochs = caching.epochs_of_read(route, caller, settings.cache)
+        return Understood(settings, request, caller, route, asked, question, epochs, beat, patience)
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
@@ -320,8 +323,8 @@ class Pipeline:
 
     async def _key(self, known: Understood) -> str:
         """The question in the light of the epochs in force: what was read in an earlier one is not found under it."""
-        names = caching.epochs_of_read(known.route, known.caller, known.settings.cache)
-        return f"{known.question}@{caching.names([await self.store.get(name) for name in names])}"
+        values = [await self.store.get(name) for name in known.epochs]
+        return f"{known.question}@{caching.names(values)}"
 
     async def _keep(self, journey: _Journey, key: str, response: Response, born: float) -> None:
         family = journey.known.route.family

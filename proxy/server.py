@@ -12,7 +12,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from cachetools import LRUCache
 
 from .clock import Clock
@@ -29,6 +30,8 @@ REQUESTS_KEPT, LONGEST_KEPT = 1024, 4096
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
+_LAST = frozenset({"bad_request", "body_too_large"})
+"""Refusals after which it is not certain where the next request begins, or not worth it to read that far."""
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
 Observer = Callable[[Exchange], None]
@@ -74,6 +77,7 @@ class Server(web.Server):
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
+        last = request._message.upgrade  # declined, and what follows such a request is not to be relied on
         try:
             raw_target = request._message.path
             if raw_target.startswith(OURS) and (len(raw_target) == len(OURS) or raw_target[len(OURS)] in "/?"):
@@ -87,6 +91,7 @@ class Server(web.Server):
         except Refusal as refused:
             exchange.code = refused.code
             response = _refused(refused)
+            last = last or refused.code in _LAST
         except _Gone:
             raise ConnectionResetError("the client went away") from None
         except asyncio.CancelledError:
@@ -100,11 +105,16 @@ class Server(web.Server):
         extra = _told(exchange, self._clock.now() - began)
         if response.rest is None:
             exchange.bytes_out = len(response.body)
-            return _Reply(response, request, extra)
-        return await _stream(response, request, extra, exchange)
+            reply = _Reply(response, request, extra)
+            if last:
+                reply.force_close()
+            return reply
+        return await _stream(response, request, extra, exchange, last=last)
 
     async def _understood(self, request: web.BaseRequest) -> Understood:
         """What this request means; a poll that repeats itself to the byte is read once. Raises Refusal."""
+        if request.version.major != 1:
+            raise _bad(505, "this is a proxy for HTTP/1.0 and HTTP/1.1")
         body = b""
         if request.body_exists:
             _target(request)  # a request that is refused for its head is refused before its body is read
@@ -183,9 +193,19 @@ class _Connection(RequestHandler):
 
     __slots__ = ()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        request = self._current_request
+        if request is not None and self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
+            if not request.content.is_eof():
+                request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc  # nobody is there any more
         if status >= 500:
             log.error("a request met a fault of the proxy's own", exc_info=exc)
             reply = _Reply(_refused(_FAULT), request, b"")
@@ -219,6 +239,8 @@ def _target(request: web.BaseRequest) -> str:
     if "Transfer-Encoding" in headers:
         if "Content-Length" in headers:
             raise _bad(400, "both Transfer-Encoding and Content-Length")
+        if request.version < HttpVersion11:
+            raise _bad(400, "HTTP/1.0 has no Transfer-Encoding")
         if headers["Transfer-Encoding"].strip().lower() != "chunked":
             raise _bad(400, "a Transfer-Encoding other than chunked")
     if len(headers.getall("Content-Length", ())) > 1 or len(headers.getall("Host", ())) > 1:
@@ -262,7 +284,7 @@ async def _body(request: web.BaseRequest, limit: int) -> bytes:
             length += len(chunk)
             if length > limit:
                 raise too_large
-    except web.RequestPayloadError:
+    except (web.RequestPayloadError, HttpProcessingError):
         raise _bad(400, "the body is not what its headers say") from None
     except (ConnectionError, OSError):
         raise _Gone from None
@@ -287,11 +309,17 @@ def _refused(refusal: Refusal) -> Response:
     return Response(refusal.status, tuple(headers), refusal.body())
 
 
+_HIT = (
+    b"Age: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
+    b'Server-Timing: queue;dur=0.0, upstream;dur=0.0, total;dur=%.1f, attempts;desc="0"\r\n'
+)
+
+
 def _told(exchange: Exchange, total: float) -> bytes:
     """What became of the request, as header lines: Cache-Status (RFC 9211), Age, Server-Timing."""
     match exchange.cache:
-        case CacheStatus.HIT:
-            status = f"hit; ttl={exchange.ttl or 0:.0f}"
+        case CacheStatus.HIT:  # the most frequent one, made in one go
+            return _HIT % (max(0.0, exchange.age or 0), exchange.ttl or 0, total * 1000)
         case CacheStatus.STALE if exchange.attempts == 0:
             status = f"hit; ttl={exchange.ttl or 0:.0f}; detail=stale"
         case CacheStatus.STALE:
@@ -314,7 +342,7 @@ def _told(exchange: Exchange, total: float) -> bytes:
 
 def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: bytes, *, keep_alive: bool) -> bytes:
     reason = response.reason or _REASONS.get(response.status, "")
-    lines = [f"HTTP/1.1 {response.status} {reason}\r\n".encode("latin-1")]
+    lines = [f"HTTP/1.1 {response.status} {reason}\r\n".encode("utf-8", "surrogateescape")]  # as aiohttp decoded it
     if response.head:
         lines.append(response.head)
     else:
@@ -386,7 +414,9 @@ class _Streamed(web.StreamResponse):
         return None
 
 
-async def _stream(response: Response, request: web.BaseRequest, extra: bytes, exchange: Exchange) -> web.StreamResponse:
+async def _stream(
+    response: Response, request: web.BaseRequest, extra: bytes, exchange: Exchange, *, last: bool
+) -> web.StreamResponse:
     """Pass a large answer on as it comes, no faster than the client takes it."""
     rest = response.rest
     assert rest is not None
@@ -396,7 +426,7 @@ async def _stream(response: Response, request: web.BaseRequest, extra: bytes, ex
             raise ConnectionResetError("the client went away")
         known = any(name.lower() == "content-length" for name, _ in response.headers)
         chunked = not known and request.version >= HttpVersion11
-        keep_alive = bool(request.keep_alive) and (known or chunked)
+        keep_alive = bool(request.keep_alive) and (known or chunked) and not last
         framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         transport.write(_head(response, request, extra, framing, keep_alive=keep_alive))
         await _write(request, response.body, exchange, chunked=chunked)
@@ -404,11 +434,13 @@ async def _stream(response: Response, request: web.BaseRequest, extra: bytes, ex
         try:
             async for chunk in rest:
                 await _write(request, chunk, exchange, chunked=chunked)
-        except UpstreamError:
+        except Exception as error:
             # The head is out: all that is left is to let the client see that the answer is not whole.
             exchange.code = "broken_off"
             transport.abort()
-            raise ConnectionResetError("upstream broke off") from None
+            if not isinstance(error, UpstreamError | ConnectionError):
+                log.exception("an answer was broken off by a fault of the proxy's own")
+            raise ConnectionResetError("the answer is not whole") from None
         if chunked:
             transport.write(b"0\r\n\r\n")
         return _Streamed(keep_alive=keep_alive, status=response.status)

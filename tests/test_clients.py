@@ -28,9 +28,12 @@ import pytest
 import requests
 from conftest import NOON, clean_environment, settings_for
 from fake_vast import Behaviour, Fault, FakeVast, Limit
-from vastai import AsyncClient, CoroutineServerless, SyncClient, VastAI  # type: ignore[import-untyped]
+from vastai import VastAI  # type: ignore[import-untyped]
+from vastai.async_.client import AsyncClient  # type: ignore[import-untyped]
 from vastai.data.instance import InstanceConfig  # type: ignore[import-untyped]
 from vastai.data.query import Query  # type: ignore[import-untyped]
+from vastai.serverless.client.client import CoroutineServerless  # type: ignore[import-untyped]
+from vastai.sync.client import SyncClient  # type: ignore[import-untyped]
 
 from proxy.app import App
 
@@ -163,14 +166,17 @@ class Home:
             **variables,
         }
 
-    def begin(self, *command: str, program: tuple[str, ...] = CLI, **variables: str) -> Popen[str]:
-        environment = self.environment(**({"VAST_API_KEY": KEY} | variables))
+    def begin(
+        self, *command: str, program: tuple[str, ...] = CLI, stdin: int = DEVNULL, key: str = KEY, **variables: str
+    ) -> Popen[str]:
+        """Begin a program, not waiting for it."""
+        environment = self.environment(**variables) | ({"VAST_API_KEY": key} if key else {})
         return Popen(
-            [*program, *command], stdin=DEVNULL, stdout=PIPE, stderr=PIPE, text=True, cwd=self.path, env=environment
+            [*program, *command], stdin=stdin, stdout=PIPE, stderr=PIPE, text=True, cwd=self.path, env=environment
         )
 
     def vastai(self, command: str, side: Side, **more: Any) -> Popen[str]:
-        """The command line with VAST_URL set, not waited for."""
+        """The command line with VAST_URL set."""
         return self.begin(*shlex.split(command), VAST_URL=side.url, **more)
 
 
@@ -219,10 +225,6 @@ def at_once(tasks: list[Callable[[], T]]) -> list[T]:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
-def status_of(response: Any) -> int:
-    return int(response.status_code)
-
-
 # --- The same as without the proxy ------------------------------------------------------------------------------------
 
 THINGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -257,7 +259,8 @@ SAME = (
     ("show volumes", "51000001"),
     ("show machines", "rack1"),
     ("show api-keys", "31000007"),
-    ("show invoices-v1", "stripe"),
+    ("show invoices-v1 -i", "Showing 1 of 1"),
+    ("show invoices-v1 -c", "Showing 1 of 1"),
     ("show connections", "backups"),
     ("show ipaddrs", "198.51.100.7"),
     ("show subaccounts", "bob"),
@@ -282,47 +285,336 @@ SAME = (
 )
 
 
+# Many commands, one after the other: each a process of its own with a fresh vastai in it, forked from one that has what
+# takes long to import and is not vastai's.
+BATCH = """
+import contextlib, importlib, json, os, sys, tempfile
+for name in ("aiohttp", "requests", "setuptools", "rich.table", "Crypto.PublicKey.RSA", "anyio", "psutil"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+all_told = []
+for command in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            for number, file in enumerate((open(os.devnull), out, err)):
+                os.dup2(file.fileno(), number)
+            sys.argv = ["vastai", *command]
+            from vastai.cli.main import main
+            sys.exit(main())
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        all_told.append((*(os.pread(file.fileno(), 1 << 24, 0).decode() for file in (out, err)), code))
+json.dump(all_told, sys.stdout)
+"""
+
+
+class Twins:
+    """Two fakes with the same things in them, one behind a proxy, and what the same commands told of each."""
+
+    def __init__(self, theatre: Stage, home: Home) -> None:
+        self.direct, behind = (
+            theatre.fake(Behaviour(scale=0.0, invalid_keys=frozenset({"wrong"}))) for _ in range(2)
+        )
+        for side in (self.direct, behind):
+            for method, path, body in THINGS:
+                headers = {"Authorization": f"Bearer {KEY}"}
+                answer = requests.request(method, side.url + path, json=body, headers=headers, timeout=10)
+                assert answer.json()["success"], path
+        self.proxied = theatre.proxy(behind)
+        commands = json.dumps([shlex.split(command) for command, _ in SAME])
+        running = [
+            home.begin(program=(sys.executable, "-c", BATCH), stdin=PIPE, VAST_URL=side.url)
+            for side in (self.direct, self.proxied)
+        ]
+        for process in running:  # both at once
+            assert process.stdin is not None
+            process.stdin.write(commands)
+            process.stdin.close()
+            process.stdin = None
+        told_by = [
+            [Told(timeless(out, side), timeless(err, side), code) for out, err, code in json.loads(told(process).out)]
+            for process, side in zip(running, (self.direct, self.proxied), strict=True)
+        ]
+        names = [command for command, _ in SAME]
+        self.told = {name: pair for name, *pair in zip(names, *told_by, strict=True)}
+
+
 @pytest.fixture(scope="module")
-def twins(theatre: Stage) -> tuple[Side, Side]:
-    """Two fakes with the same things in them, one of them behind a proxy."""
-    sides = []
-    for _ in range(2):
-        side = theatre.fake(Behaviour(scale=0.0, invalid_keys=frozenset({"wrong"})))
-        for method, path, body in THINGS:
-            answer = requests.request(
-                method, side.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=10
-            )
-            assert answer.json()["success"], path
-        sides.append(side)
-    return sides[0], theatre.proxy(sides[1])
+def twins(theatre: Stage, home: Home) -> Twins:
+    return Twins(theatre, home)
 
 
 def timeless(text: str, side: Side) -> str:
     """Without what depends on the clock and on the port."""
     text = text.replace(side.url, "URL")
-    return re.sub(r'("uptime_mins"|"duration"|"client_run_time"): [-\d.e]+', r"\1: ...", text)
+    text = re.sub(r"\d+\.\d+ +\d+\.\d+ +(?=\x1b\[0m\n)", "", text)  # the columns "age" and "uptime"
+    return re.sub(r'"(uptime_mins|duration)": [-\d.e]+', r'"\1": ...', text)
 
 
 @pytest.mark.parametrize(("command", "expected"), SAME, ids=[command for command, _ in SAME])
-def test_the_command_line_tells_the_same_as_without_the_proxy(
-    twins: tuple[Side, Side], home: Home, command: str, expected: str
-) -> None:
-    running = [home.vastai(command, side) for side in twins]
-    direct, proxied = (
-        Told(timeless(got.out, side), timeless(got.err, side), got.code)
-        for got, side in zip(map(told, running), twins, strict=True)
-    )
+def test_the_command_line_tells_the_same_as_without_the_proxy(twins: Twins, command: str, expected: str) -> None:
+    direct, proxied = twins.told[command]
     assert expected in direct.out + direct.err
     assert "Traceback" not in direct.err
     assert proxied == direct
-    done, done_behind = ([(effect.kind, effect.target) for effect in side.fake.effects] for side in twins)
-    assert done_behind == done
 
 
-@pytest.mark.parametrize("command", ["show instance 31000001", "get endpt-logs 31000005 --level 1"])
-def test_a_slash_at_the_end_of_url_changes_nothing(twins: tuple[Side, Side], home: Home, command: str) -> None:
-    direct, proxied = twins
-    slashed = told(home.begin(*shlex.split(command), "--url", f"{proxied.url}/"))
-    plain = told(home.begin(*shlex.split(command), "--url", direct.url))
-    assert (slashed.out, slashed.err, slashed.code) == (plain.out, plain.err, plain.code)
-    assert "Traceback" not in slashed.err
+def test_the_command_line_does_the_same_as_without_the_proxy(twins: Twins) -> None:
+    direct, proxied = ([(e.kind, e.target, e.amount) for e in s.fake.effects] for s in (twins.direct, twins.proxied))
+    assert len(direct) > len(THINGS)
+    assert proxied == direct
+
+
+@pytest.mark.parametrize("command", ["show ssh-keys", "get endpt-logs 31000005 --level 1"])
+def test_a_slash_at_the_end_of_url_changes_nothing(twins: Twins, home: Home, command: str) -> None:
+    running = [
+        home.begin(*shlex.split(command), "--url", url) for url in (f"{twins.proxied.url}/", twins.direct.url)
+    ]
+    slashed, plain = map(told, running)
+    assert (slashed, slashed.err) == (plain, "")
+
+
+# --- The first command ------------------------------------------------------------------------------------------------
+
+
+def test_a_new_user_who_sets_vast_url_and_nothing_else_is_served(stage: Stage, tmp_path: Path) -> None:
+    side = stage.proxy()
+    home = Home(tmp_path / "new", known=False)
+    config = home.path / ".config" / "vastai"
+    config.mkdir(parents=True)
+    (config / "vast_api_key").write_text(KEY)
+    answer = told(home.vastai("show user", side, key=""))
+    assert "user100001" in answer.out
+    assert (answer.err, answer.code) == ("", 0)
+    # Without being asked it looked for the GPUs' names, with no key, and for the user's role.
+    assert {call.template for call in side.fake.log} == {"GET /api/v0/gpu_names/unique/", "GET /api/v0/users/current"}
+    assert (config / "vast_role").exists()
+    assert side.app is not None
+    assert side.app.admin.counted.requests == 3
+    assert len(side.fake.log) == 2  # the role's question and the command's own are one
+
+
+# --- Limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_creates_at_once_all_succeed_and_none_meets_a_429(stage: Stage) -> None:
+    side = stage.proxy()
+    client = sdk(side)
+    offers = side.offers[:20]
+    answers = at_once([lambda offer=offer: client.create_instance(offer, image="x") for offer in offers])
+    assert {answer["success"] for answer in answers} == {True}
+    assert len({answer["new_contract"] for answer in answers}) == 20
+    assert side.fake.refused == []
+    assert sorted(effect.target for effect in side.fake.effects) == offers
+    assert len(side.fake.calls(ASK)) == 20
+
+
+def test_a_shell_loop_meets_no_429_though_without_the_proxy_it_does(stage: Stage, home: Home) -> None:
+    real = Behaviour(scale=1.0)
+    sides = [stage.fake(real), stage.proxy(behaviour=real, limits={"scale": 1.0, "margin": 0.01})]
+    for side in sides:
+        side.fake.world.account("nobody")  # accounts are numbered as they come
+    loop = f"for n in 1 2 3 4 5 6 7 8; do {shlex.join(CLI)} show instances & done; wait"
+    running = [home.begin("-c", loop, program=("sh",), VAST_URL=side.url) for side in sides]
+    direct, proxied = map(told, running)
+    assert "Failed with error 429" in direct.err
+    assert proxied.err == ""
+    assert proxied.out.count("No instances found") == 8
+    assert sides[0].fake.refused
+    assert sides[1].fake.refused == []
+
+
+def test_a_wait_that_would_be_too_long_is_told_in_a_sentence(stage: Stage, home: Home) -> None:
+    side = stage.proxy(routes=[{"route": ASK, "interval": 200}], queue={"max_wait": 5})
+    sdk(side).create_instance(side.offers[0], image="x")
+    answer = told(home.vastai(f"create instance {side.offers[0]} --image x", side))
+    assert "Failed with error 429: The turn of PUT /api/v0/asks/{id}/ would come in about" in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert len(side.fake.calls(ASK)) == 1
+    assert side.app is not None
+    assert side.app.admin.counted.codes == {"wait_too_long": 1}  # and it did not try again
+
+
+# --- Failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_create_whose_answer_is_lost_is_sent_once_where_it_was_sent_three_times(stage: Stage, home: Home) -> None:
+    sides = [stage.fake(Behaviour(scale=0.0)), stage.proxy(behaviour=Behaviour(scale=0.0))]
+    for side in sides:
+        side.fake.faults.append(Fault(match=ASK, kind="drop_after", times=None))
+    running = [home.vastai(f"create instance {side.offers[0]} --image x", side) for side in sides]
+    direct, proxied = map(told, running)
+    assert "Traceback" in direct.err
+    assert len(sides[0].fake.calls(ASK)) == 3
+    assert proxied.err.startswith("Failed with error 500: The outcome of PUT /api/v0/asks/{id}/ is unknown")
+    assert "vastai show instances" in proxied.err
+    assert len(proxied.err.splitlines()) == 1
+    assert len(sides[1].fake.calls(ASK)) == 1
+    assert sides[1].fake.count("rented") == 1
+
+
+def test_a_bulk_create_whose_answer_is_lost_is_sent_once(stage: Stage, home: Home) -> None:
+    side = stage.proxy(behaviour=Behaviour(scale=0.0))
+    side.fake.faults.append(Fault(match=BULK, kind="drop_after", times=None))
+    first, second, *_ = side.offers
+    answer = told(home.vastai(f"create instances {first} {second} --image x", side))
+    assert "The outcome of POST /api/v0/asks/bulk/ is unknown" in answer.out + answer.err
+    assert "Traceback" not in answer.err
+    assert len(side.fake.calls(BULK)) == 1
+    assert side.fake.count("rented") == 2
+
+
+@pytest.mark.parametrize("command", ["show user", "create instance 24000000 --image x"])
+def test_an_upstream_that_is_away_is_told_in_a_sentence(stage: Stage, home: Home, command: str) -> None:
+    side = stage.proxy()
+    stage.do(side.fake.stop())
+    answer = told(home.vastai(command, side))
+    assert answer.err.startswith("Failed with error 503: Vast.ai could not be reached")
+    assert len(answer.err.splitlines()) == 1
+    assert side.app is not None
+    assert side.app.admin.counted.requests == 1
+
+
+# --- Waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_impatient_clients_are_kept_on_the_line_until_their_turn_comes(stage: Stage, home: Home) -> None:
+    """Each gives up after two seconds of silence, and each has to wait for six."""
+    side = stage.proxy(
+        behaviour=Behaviour(scale=0.0),
+        queue={"heartbeat": 0.5},
+        routes=[{"route": INSTANCE, "interval": 6}],
+    )
+    path = "/api/v0/instances/{}/?owner=me"
+    expected = {"instances": None}
+
+    def bearer(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
+
+    def by_sdk(key: str) -> Any:
+        client = sdk(side, key)
+        client.client.timeout = 2
+        return {"instances": client.show_instance(2)}
+
+    def by_requests(key: str) -> Any:
+        return requests.get(side.url + path.format(2), headers=bearer(key), timeout=2).json()
+
+    def by_urllib(key: str) -> Any:
+        request = urllib.request.Request(side.url + path.format(2), headers=bearer(key))
+        with urllib.request.urlopen(request, timeout=2) as response:
+            return json.load(response)
+
+    def by_aiohttp(key: str) -> Any:
+        async def ask() -> Any:
+            patience = aiohttp.ClientTimeout(total=None, sock_read=2)
+            async with aiohttp.ClientSession(timeout=patience) as session:
+                async with session.get(side.url + path.format(2), headers=bearer(key)) as response:
+                    return await response.json()
+
+        return asyncio.run(ask())
+
+    def by_command(key: str) -> Any:
+        answer = told(home.vastai("show instance 2 --raw", side, program=IMPATIENT, key=key))
+        return expected if "Traceback" not in answer.err else answer.err
+
+    def by_curl(key: str) -> Any:
+        curl = ("curl", "-sS", "--max-time", "30", "-H", f"Authorization: Bearer {key}")
+        return json.loads(told(home.begin(side.url + path.format(2), program=curl)).out)
+
+    def by_a_stranger(key: str) -> Any:
+        try:
+            agent = {"User-Agent": "stranger/1.0"}
+            return requests.get(side.url + path.format(2), headers=bearer(key) | agent, timeout=2).json()
+        except requests.ReadTimeout:
+            return "timed out"
+
+    clients = [by_sdk, by_requests, by_urllib, by_aiohttp, by_command, by_a_stranger]
+    if shutil.which("curl"):
+        clients.append(by_curl)
+    for client in clients:  # the first call of each key goes at once
+        requests.get(side.url + path.format(1), headers=bearer(client.__name__), timeout=10)
+    began = time.monotonic()
+    answers = at_once([lambda client=client: client(client.__name__) for client in clients])
+    assert time.monotonic() - began > 5
+    for client, answer in zip(clients, answers, strict=True):
+        # Of the last it is not known whether it takes interim answers: so the others' are what made the difference.
+        assert answer == ("timed out" if client is by_a_stranger else expected), client.__name__
+    assert len(side.fake.calls(INSTANCE)) == 2 * len(clients) - 1
+    assert side.fake.refused == []
+
+
+# --- Saving calls -----------------------------------------------------------------------------------------------------
+
+
+def test_a_search_is_shown_whether_it_is_collapsed_remembered_or_stale(stage: Stage, home: Home) -> None:
+    side = stage.proxy(cache={"search_ttl": 8})
+    search = "search offers 'gpu_name=RTX_4090 num_gpus=1' -o dph"
+    side.fake.faults.append(Fault(match=BUNDLES, kind="slow", delay=4))
+    leader, follower = map(told, [home.vastai(search, side), home.vastai(search, side)])
+    again = told(home.vastai(search, side))
+    assert len(side.fake.calls(BUNDLES)) == 1
+    assert side.caches["collapsed"] + side.caches["hit"] == 2
+    sdk(side).create_instance(side.offers[0], image="x")  # which voids what is remembered
+    side.fake.faults.append(Fault(match=BUNDLES, kind="status", status=503, times=None))
+    stale = told(home.vastai(search, side))
+    assert side.caches["stale"] == 1
+    assert "RTX_4090" in leader.out
+    assert (leader.err, leader.code) == ("", 0)
+    assert leader == follower == again == stale
+
+
+def test_a_hundred_equal_searches_at_once_are_one_call(stage: Stage) -> None:
+    side = stage.proxy()
+    side.fake.faults.append(Fault(match=BUNDLES, kind="slow", delay=0.3))
+    client = sdk(side)
+    answers = at_once([lambda: client.search_offers(query="num_gpus=1", limit=5)] * 100)
+    assert len(side.fake.calls(BUNDLES)) == 1
+    assert len(answers[0]) == 5
+    assert all(answer == answers[0] for answer in answers)
+
+
+# --- The other clients of the SDK -------------------------------------------------------------------------------------
+
+
+def test_the_synchronous_client_searches_rents_lists_and_destroys(stage: Stage) -> None:
+    side = stage.proxy()
+    client = SyncClient(api_key=KEY, vast_server=side.url)
+    offers = client.search(Query.search_defaults(), limit=3)
+    assert len(offers) == 3
+    instance = client.create_instance(offers[0].id, InstanceConfig(image="x", label="mine"))
+    assert [(found.id, found.label) for found in client.show_instances()] == [(instance.id, "mine")]
+    client.destroy_instance(instance.id)
+    assert client.show_instances() == []
+    assert side.fake.refused == []
+
+
+def test_the_asynchronous_client_rents_ten_at_once(stage: Stage) -> None:
+    side = stage.proxy()
+
+    async def rent() -> list[Any]:
+        client = AsyncClient(api_key=KEY, vast_server=side.url)
+        client._ssl_context = ssl.create_default_context()  # it would fetch a certificate from console.vast.ai first
+        async with client:
+            offers = await client.search(Query.search_defaults(), limit=10)
+            config = InstanceConfig(image="x")
+            return await asyncio.gather(*(client.create_instance(offer.id, config) for offer in offers))
+
+    assert len({instance.id for instance in asyncio.run(rent())}) == 10
+    assert side.fake.count("rented") == 10
+    assert side.fake.refused == []
+
+
+def test_the_serverless_client_finds_its_endpoint_and_is_routed_each_time_anew(stage: Stage) -> None:
+    side = stage.proxy()
+    method, path, body = THINGS[4]
+    requests.request(method, side.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=10)
+
+    async def route() -> list[Any]:
+        client = CoroutineServerless(KEY, webserver_url=side.url, autoscaler_url=side.url)
+        client._ssl_context = ssl.create_default_context()
+        async with client:
+            endpoint = await client.get_endpoint("chat")
+            return await asyncio.gather(*(endpoint._route(cost=1.0) for _ in range(3)))
+
+    assert {answer.get_url() for answer in asyncio.run(route())} == {"https://203.0.113.9:8443"}
+    assert len(side.fake.calls("POST /route/")) == 3

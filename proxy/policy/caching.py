@@ -314,4 +314,4 @@ def plain(response: Response) -> Response:
 
 def names(epochs: Sequence[bytes | None]) -> str:
     """Epoch values as a suffix of a key."""
-    return ".".join((value or b"0").decode() for value in epochs)
+    return b".".join([value or b"0" for value in epochs]).decode()

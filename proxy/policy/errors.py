@@ -14,7 +14,7 @@ from dataclasses import dataclass
 GIVE_UP_AFTER = 61
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)  # not frozen: context managers set __traceback__ on what passes through them
 class Refusal(Exception):
     """An answer of our own instead of upstream's: JSON with `success`, `error` and `msg`."""
 

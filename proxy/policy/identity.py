@@ -59,7 +59,7 @@ def identify(request: Request) -> Caller:
 
 def digest(secret: str) -> str:
     """What may be shown and kept of a key: 64 bits of its SHA-256, which no key of full length can be guessed from."""
-    return hashlib.sha256(b"vast-proxy credential\0" + secret.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(b"vast-proxy credential\0" + secret.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _bare(authorization: str) -> str:

@@ -87,6 +87,7 @@ class Rate:
 _THRESHOLD = re.compile(r"endpoint threshold=([0-9]+(?:\.[0-9]+)?)(?:\*([0-9]+(?:\.[0-9]+)?))?")
 _TFA_CODES = frozenset({"tfa_locked", "sms_rate_limited", "preauth_phone_cap", "twilio_rate_limited"})
 _LONGEST_HINT = 24 * 3600.0
+_LONGEST_THRESHOLD = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +135,23 @@ def decoded(headers: Headers, body: bytes, most: int = 8 * 1024 * 1024) -> bytes
 def read_refusal(headers: Headers, body: bytes, wall: float) -> Hint:
     """What a 429 says, in any of the forms met: text, `detail`, `msg`, `retry_after`, headers. `wall`: epoch seconds."""
     text, fields = _fields(headers, body)
-    code = fields.get("error")
+    code = str(fields.get("error"))
     if code == "search_quota_exceeded":
         return Hint(kind="quota")
     if code in _TFA_CODES or "invitation already sent" in text:
         return Hint(kind="final")
     named = _THRESHOLD.search(text)
-    threshold = float(named[1]) * float(named[2] or 1) if named else None
+    threshold = float(named[1]) * float(named[2] or 1) if named else 0.0
     waits = [_retry_after(header(headers, "retry-after"), headers, wall), _number(fields.get("retry_after"))]
-    known = [wait for wait in waits if wait is not None]
+    known = [min(wait, _LONGEST_HINT) for wait in waits if wait is not None]
     limit = _number(fields.get("limit"))
     if limit is None:
         limit = _number(header(headers, "x-ratelimit-limit"))
-    return Hint(threshold=threshold or None, retry_after=max(known) if known else None, limit=limit)
+    return Hint(
+        threshold=threshold if 0 < threshold <= _LONGEST_THRESHOLD else None,
+        retry_after=max(known) if known else None,
+        limit=limit,
+    )
 
 
 def read_rate_headers(headers: Headers, wall: float) -> RateHeaders | None:
@@ -184,24 +189,30 @@ def _number(value: object) -> float | None:
 
 def _date(headers: Headers, wall: float) -> float:
     try:
-        parsed = parsedate_to_datetime(header(headers, "date") or "")
-    except (ValueError, TypeError, IndexError):
+        return _epoch(header(headers, "date") or "")
+    except ValueError:
         return wall
+
+
+def _epoch(date: str) -> float:
+    try:
+        parsed = parsedate_to_datetime(date)
+    except (TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"no HTTP date: {date!r:.80}") from error
     return parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp()
 
 
 def _retry_after(value: str | None, headers: Headers, wall: float) -> float | None:
-    """Retry-After as seconds, from either of its forms (RFC 9110 10.2.3), floats tolerated; bounded to a day."""
+    """Retry-After as seconds, from either of its forms (RFC 9110 10.2.3), floats tolerated."""
     if value is None:
         return None
     seconds = _number(value.strip() or None)
     if seconds is None:
         try:
-            when = parsedate_to_datetime(value)
-        except (ValueError, TypeError, IndexError):
+            seconds = max(0.0, _epoch(value) - _date(headers, wall))
+        except ValueError:
             return None
-        seconds = max(0.0, when.replace(tzinfo=when.tzinfo or UTC).timestamp() - _date(headers, wall))
-    return min(seconds, _LONGEST_HINT)
+    return seconds
 
 
 # --- The bucket -------------------------------------------------------------------------------------------------------
@@ -403,7 +414,8 @@ class Bucket:
             wait += self.uncharged * self.base.penalty * self.spacing
             self.uncharged = 0
             self.correction = "429s in a row: the documented penalty was charged"
-        elif self.refused_in_row > 1 and self.shortest_accepted is not None:
+        elif self.refused_in_row > 1 and (self.shortest_accepted is not None or hint.threshold is not None):
+            # The interval is known and was kept, so there is a debt: a penalty that nobody documented.
             wait *= 2.0 ** min(self.refused_in_row - 1, 6)
         self.shut(now + max(wait, EPSILON))
 
@@ -510,7 +522,9 @@ class Bucket:
 
     def idle(self, now: float) -> bool:
         """Nothing would be lost by forgetting it: full, nothing granted, nothing learned."""
-        return self.tat <= now and not self.pending and self.source != "learned" and self.margin <= self.base_margin * 1.5
+        if self.source == "learned" or self.enforced != self._always or self.margin > self.base_margin * 1.5:
+            return False
+        return self.tat <= now and not self.pending
 
     def dump(self, now: float, wall: float) -> dict[str, Any]:
         """What must survive a restart, as JSON; times as epoch seconds."""
@@ -529,6 +543,8 @@ class Bucket:
                 "shortest_accepted": self.shortest_accepted,
                 "why": self.correction,
             }
+        if self.enforced != self._always:
+            kept |= {"enforced": True, "named": self._named, "learned_at": round(wall - (now - self._learned_at), 3)}
         return kept
 
     def load(self, kept: Mapping[str, Any], now: float, wall: float) -> None:
@@ -547,6 +563,7 @@ class Bucket:
         self._interval = min(interval, 3600.0) if interval is not None else None
         self._capacity = max(1, int(capacity)) if capacity else None
         self._learned_at = now - (wall - learned_at)
+        self.enforced = self._always or kept.get("enforced") is True
         self._named = kept.get("named") is True
         self.longest_refused = _number(kept.get("longest_refused"))
         self.shortest_accepted = _number(kept.get("shortest_accepted"))
