@@ -180,7 +180,7 @@ class Answered:
 
 
 class Ticket:
-    """A turn that came. Used as a context: whatever happens inside, its slot and its tokens are given back or charged."""
+    """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
     __slots__ = ("_admission", "_done", "_origin", "_queue", "granted_at", "route", "send", "sends")
 
@@ -197,7 +197,9 @@ class Ticket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def sent(self) -> None:
@@ -538,8 +540,8 @@ class Admission:
         self.limits, self.rules = limits, queue
         self.origins["api"].set_ceiling(limits.global_)
         self.origins["serverless"].set_ceiling(limits.serverless)
-        for bucket in self._buckets.values():
-            bucket.base_margin = limits.margin
+        for bucket in (*self._buckets.values(), *(account.bucket for account in self._accounts.values())):
+            bucket.keep_margin(limits.margin)
         for origin in self.origins.values():
             origin.slots = slots
             self._dispatch(origin)
@@ -661,5 +663,7 @@ def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -
 
 def too_long(queue: _Queue, wait: float, bound: float) -> Refusal:
     """Refused at once, or at the deadline: the turn will not come in time."""
-    msg = f"The turn of {queue.key[2]} would come in about {max(0.0, wait):.0f} s, later than it may wait; come back then"
+    msg = (
+        f"The turn of {queue.key[2]} would come in about {max(0.0, wait):.0f} s, later than it may wait; come back then"
+    )
     return Refusal(429, "wait_too_long", msg, max(1.0, wait - max(0.0, bound)))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Call: TypeAlias = Callable[["Flight[T]"], Coroutine[object, object, T]]
 
 
 class Flight(Generic[T]):
     """One call under way and those who wait for it."""
 
-    __slots__ = ("keep", "members", "task", "taken")
+    __slots__ = ("keep", "members", "taken", "task")
 
     def __init__(self) -> None:
         self.members = 0
@@ -42,7 +43,7 @@ class Coalescer(Generic[T]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def join(self, key: str | None, call: Callable[[Flight[T]], Coroutine[object, object, T]]) -> tuple[T | None, bool]:
+    async def join(self, key: str | None, call: Call[T]) -> tuple[T | None, bool]:
         """The result, and whether it is another's. None for a follower whose result only one could have: go alone.
 
         Without a key the call is nobody else's, but outlives its caller all the same. Raises what `call` raises.
@@ -74,7 +75,7 @@ class Coalescer(Generic[T]):
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _run(self, key: str | None, flight: Flight[T], call: Callable[[Flight[T]], Coroutine[object, object, T]]) -> T:
+    async def _run(self, key: str | None, flight: Flight[T], call: Call[T]) -> T:
         try:
             return await call(flight)
         finally:
@@ -101,4 +102,5 @@ class Coalescer(Generic[T]):
         if task.cancelled() or flight.members:
             return
         if task.exception() is None and self._single(task.result()) and not flight.taken:
+            flight.taken = True
             self._discard(task.result())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import struct
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from http import HTTPStatus
@@ -77,7 +80,8 @@ class Server(web.Server):
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
-        last = request._message.upgrade  # declined, and what follows such a request is not to be relied on
+        # An upgrade is declined. After a chunked body, aiohttp's C parser takes its trailer for part of the next head.
+        last = request._message.upgrade or request._message.chunked
         try:
             raw_target = request._message.path
             if raw_target.startswith(OURS) and (len(raw_target) == len(OURS) or raw_target[len(OURS)] in "/?"):
@@ -437,7 +441,7 @@ async def _stream(
         except Exception as error:
             # The head is out: all that is left is to let the client see that the answer is not whole.
             exchange.code = "broken_off"
-            transport.abort()
+            _reset(transport)
             if not isinstance(error, UpstreamError | ConnectionError):
                 log.exception("an answer was broken off by a fault of the proxy's own")
             raise ConnectionResetError("the answer is not whole") from None
@@ -446,6 +450,14 @@ async def _stream(
         return _Streamed(keep_alive=keep_alive, status=response.status)
     finally:
         rest.close()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection so that no client takes it for the end of an answer, not even one that is told no length."""
+    with contextlib.suppress(OSError, TypeError):  # uvloop's sockets do not let this be set
+        linger = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
 
 
 async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, chunked: bool) -> None:

@@ -34,7 +34,7 @@ class _Bytes(TLRUCache[str, tuple[bytes, float]]):
     def __init__(self, maxsize: int, clock: Clock) -> None:
         super().__init__(
             maxsize=maxsize,
-            ttu=lambda key, value, now: now + value[1],
+            ttu=lambda key, value, now: value[1],
             timer=clock.now,
             getsizeof=lambda value: len(value[0]) + _OVERHEAD,
         )
@@ -93,7 +93,7 @@ class MemoryStore:
         if ttl <= 0:
             return
         try:
-            self._cache[key] = (value, ttl)
+            self._cache[key] = (value, self._clock.now() + ttl)
         except ValueError:
             self._cache.pop(key, None)  # larger than all there is: what was there is out of date
 
@@ -109,11 +109,15 @@ class MemoryStore:
         return True
 
     def resize(self, max_bytes: int) -> None:
-        """Another bound: what fits, most recently stored last, is taken over."""
+        """Another bound: what fits is taken over, the least recently used goes first."""
         if max_bytes == self.max_bytes:
             return
-        before, now = self._cache, self._clock.now()
-        self._cache = _Bytes(max_bytes, self._clock)
-        for key, value in before.items():
-            self._cache[key] = value if len(value[0]) + _OVERHEAD <= max_bytes else (b"", 0.0)
-        self._swept = now
+        before, self._cache = self._cache, _Bytes(max_bytes, self._clock)
+        self._cache.evictions = before.evictions
+        before.expire()
+        while before.currsize:
+            key, value = before.popitem()
+            if len(value[0]) + _OVERHEAD <= max_bytes:
+                self._cache[key] = value
+            else:
+                self._cache.evictions += 1

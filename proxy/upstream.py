@@ -138,7 +138,7 @@ class Upstream:
             answer = await self._session.request(
                 method,
                 _exact(url),
-                headers=CIMultiDict(item for item in headers if item[0].lower() not in _SET_ANEW),
+                headers=_fields(headers),
                 data=body or None,
                 allow_redirects=False,
             )
@@ -147,6 +147,9 @@ class Upstream:
         if answer.status < 200:
             answer.close()
             raise UpstreamError("it switched protocols, unasked", sent=True)
+        if len(answer.headers.getall("Content-Length", ())) > 1:  # aiohttp's Python parser believes the first
+            answer.close()
+            raise UpstreamError("not a valid HTTP answer (two lengths)", sent=True)
         held: list[bytes] = []
         length = 0
         try:
@@ -202,6 +205,16 @@ def _exact(url: str) -> URL:
         with contextlib.suppress(AttributeError):
             exact._cache["raw_path_qs"] = target
     return exact
+
+
+def _fields(headers: Headers) -> CIMultiDict[str]:
+    """What is passed on, a repeated name in its first spelling: aiohttp takes another spelling for a replacement."""
+    spelt: dict[str, str] = {}
+    return CIMultiDict(
+        (spelt.setdefault(lowered, name), value)
+        for name, value in headers
+        if (lowered := name.lower()) not in _SET_ANEW
+    )
 
 
 def _absolute(url: str, location: str) -> str:

@@ -93,9 +93,7 @@ class RawUpstream:
         self._server.close()
         for writer in self._writers:
             writer.transport.abort()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks)
 
     async def __aenter__(self) -> Self:
         return self if self._server else await self.start()
@@ -181,7 +179,12 @@ def fields(head: bytes) -> list[tuple[str, str]]:
 
 
 def request(
-    target: str = "/api/v0/x/", *lines: str, method: str = "GET", body: bytes = b"", version: str = "1.1", host: str = "proxy"
+    target: str = "/api/v0/x/",
+    *lines: str,
+    method: str = "GET",
+    body: bytes = b"",
+    version: str = "1.1",
+    host: str = "proxy",
 ) -> bytes:
     """A request with these header lines; the length is added when there is a body and no line says how long it is."""
     head = [f"{method} {target} HTTP/{version}", f"Host: {host}", *lines]

@@ -278,13 +278,13 @@ def thaw(frozen: bytes) -> Stored:
 
 def accepts_gzip(headers: Headers) -> bool:
     """Does the client take gzip (RFC 9110 12.5.3)? Without Accept-Encoding: not asked for, so no."""
+    taken: dict[str, bool] = {}
     for name, value in headers:
         if name.lower() == "accept-encoding":
             for part in value.split(","):
                 coding, _, parameters = part.strip().partition(";")
-                if coding.strip().lower() in ("gzip", "x-gzip", "*"):
-                    return not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", parameters)
-    return False
+                taken[coding.strip().lower()] = not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", parameters)
+    return taken.get("gzip", taken.get("x-gzip", taken.get("*", False)))
 
 
 def accepts_coding(asked: Headers, answered: Headers) -> bool:
@@ -307,7 +307,8 @@ def plain(response: Response) -> Response:
     body = decoded(response.headers, response.body)
     if body is None:
         return response
-    headers = [(name, value) for name, value in response.headers if name.lower() not in ("content-encoding", "content-length")]
+    left_out = ("content-encoding", "content-length")
+    headers = [(name, value) for name, value in response.headers if name.lower() not in left_out]
     headers.append(("Content-Length", str(len(body))))
     return Response(response.status, tuple(headers), body, response.reason)
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
-from .messages import Headers, Request
+from .messages import Request
 
 ANONYMOUS = "anonymous"
 KEY_FIELDS = frozenset({"api_key"})
@@ -46,7 +46,7 @@ def identify(request: Request) -> Caller:
         for key in _from_query(query):
             found.setdefault(key, []).append("query")
     if request.body:
-        for key in _from_body(request.headers, request.body):
+        for key in _from_body(request.body):
             found.setdefault(key, []).append("body")
     found.pop("", None)
     if not found and not cookies:
@@ -70,10 +70,11 @@ def _bare(authorization: str) -> str:
 def _from_query(query: str) -> list[str]:
     if "api" not in query and "%" not in query:
         return []
-    return [value for name, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape") if name in KEY_FIELDS]
+    pairs = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    return [value for name, value in pairs if name in KEY_FIELDS]
 
 
-def _from_body(headers: Headers, body: bytes) -> list[str]:
+def _from_body(body: bytes) -> list[str]:
     # A backslash may hide the name ("api\u005fkey"), so only its absence proves that there is none.
     if b"api_key" not in body and b"\\u" not in body and b"%" not in body:
         return []

@@ -133,7 +133,7 @@ def decoded(headers: Headers, body: bytes, most: int = 8 * 1024 * 1024) -> bytes
 
 
 def read_refusal(headers: Headers, body: bytes, wall: float) -> Hint:
-    """What a 429 says, in any of the forms met: text, `detail`, `msg`, `retry_after`, headers. `wall`: epoch seconds."""
+    """What a 429 says, in any form met: text, `detail`, `msg`, `retry_after`, headers. `wall`: epoch seconds."""
     text, fields = _fields(headers, body)
     code = str(fields.get("error"))
     if code == "search_quota_exceeded":
@@ -323,6 +323,11 @@ class Bucket:
         """The interval that is kept: with the margin."""
         return self.interval * (1.0 + self.margin)
 
+    def keep_margin(self, margin: float) -> None:
+        """Another margin from the settings; what was learned on top of it stays."""
+        self.margin = min(MARGIN_MAX, max(margin, self.margin + margin - self.base_margin))
+        self.base_margin = margin
+
     def due(self, now: float) -> float:
         """When the next call may go; <= now: at once; infinite: not before a granted one has been sent."""
         if not self.enforced:
@@ -355,6 +360,9 @@ class Bucket:
         self.pending -= 1
         self.sends += 1
         self.tat = max(self.tat, now) + self.spacing
+        if not self.enforced:
+            # A shadow holds nobody back, so it must not gather a debt that all would pay once it is proved right.
+            self.tat = min(self.tat, now + self.spacing * self.capacity)
         self._last = Send(now, self._last, self.sends)
         if self._last.previous is not None:
             # Two calls back tell nothing more; without this the chain would grow for ever.
@@ -494,7 +502,8 @@ class Bucket:
 
     def _bisect(self, now: float, *, untried: bool) -> None:
         """Between the bounds; `untried`: the guess in force has not met a clean gap yet, so it comes first."""
-        assert self.longest_refused is not None and self.shortest_accepted is not None
+        assert self.longest_refused is not None
+        assert self.shortest_accepted is not None
         low, high = self.longest_refused, self.shortest_accepted
         settled = SETTLED_IF_DOCUMENTED if self.base.source == "documented" else SETTLED
         guess = high if high - low <= settled * high else (low + high) / 2

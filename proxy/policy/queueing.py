@@ -99,6 +99,11 @@ class Line(Generic[P]):
         return heappop(self._heap)
 
 
+_ON_THE_WIRE: Mapping[Interim, bytes] = {
+    "100": b"HTTP/1.1 100 Continue\r\n\r\n",
+    "102": b"HTTP/1.1 102 Processing\r\n\r\n",
+    "none": b"",
+}
 _FORWARDED = ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
 
 
@@ -119,7 +124,7 @@ def interim(headers: Headers, http_1_1: bool, rules: QueueRules) -> bytes:
             agent = value
     for prefix, status in rules.heartbeats.items():
         if agent.startswith(prefix):
-            return {"100": b"HTTP/1.1 100 Continue\r\n\r\n", "102": b"HTTP/1.1 102 Processing\r\n\r\n", "none": b""}[status]
+            return _ON_THE_WIRE[status]
     return b""
 
 

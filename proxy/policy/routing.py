@@ -180,7 +180,7 @@ class _Node:
 
     def __init__(self) -> None:
         self.literals: dict[str, _Node] = {}
-        # `{id}` is a number and nothing else: PUT /instances/{id}/ is harmless, a new PUT /instances/<verb>/ may not be.
+        # `{id}` is a number and nothing else: PUT /instances/{id}/ is harmless, a PUT /instances/<verb>/ may not be.
         self.number: _Node | None = None
         self.any: _Node | None = None
         self.ends: dict[str, Route] = {}

@@ -38,21 +38,28 @@ def _managed() -> Iterator[None]:
     yield
 
 
+def _refuse(*_: object) -> None:
+    raise Refusal(503, "upstream_unreachable", "away")
+
+
+@_managed()
+def _refuse_inside() -> None:
+    _refuse()
+
+
+def _refuse_in_the_place_of_another() -> None:
+    with ExitStack() as stack:
+        stack.push(_refuse)
+        raise KeyError
+
+
 def test_a_refusal_passes_through_context_managers_as_any_exception() -> None:
     # They set __traceback__ and __context__ as attributes, which a frozen class would not let them.
-    with pytest.raises(Refusal) as caught, _managed(), ExitStack() as stack:
-        stack.callback(lambda: None)
-        raise Refusal(503, "upstream_unreachable", "away")
+    with pytest.raises(Refusal) as caught:
+        _refuse_inside()
     assert caught.value.code == "upstream_unreachable"
-
-
-def test_a_refusal_may_take_the_place_of_another_exception() -> None:
-    def refuse(*_: object) -> None:
-        raise Refusal(503, "upstream_unreachable", "away")
-
-    with pytest.raises(Refusal) as caught, ExitStack() as stack:
-        stack.push(refuse)
-        raise KeyError
+    with pytest.raises(Refusal) as caught:
+        _refuse_in_the_place_of_another()
     assert isinstance(caught.value.__context__, KeyError)
 
 

@@ -102,6 +102,14 @@ def test_those_who_left_are_forgotten_before_they_are_the_most() -> None:
     assert drained(line) == [0]
 
 
+@given(st.permutations(range(60)), st.sets(st.integers(0, 59), min_size=31))
+def test_the_order_outlives_those_who_left(numbers: list[int], leaving: set[int]) -> None:
+    line, places = line_of(*numbers)
+    for number in leaving:
+        line.leave(places[number])
+    assert drained(line) == sorted(set(numbers) - leaving)
+
+
 def test_ten_thousand_join_and_leave_in_a_few_comparisons_each() -> None:
     line: Line[Counted] = Line()
     places = [Counted(number, 0.0) for number in range(10_000)]
