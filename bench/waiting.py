@@ -58,12 +58,11 @@ async def measure(count: int) -> None:
             json.dumps(
                 {
                     "listen": f"127.0.0.1:{port}",
-                    # Nobody listens there, and nobody's turn comes: the first one's failure only makes it wait again.
-                    "upstreams": {"api": "http://127.0.0.1:9"},
-                    "retry": {"max_attempts": 1000, "backoff_initial": "10m", "backoff_max": "1h"},
+                    # It takes the first one and never answers; the turn of the next is an hour away.
+                    "upstreams": {"api": f"http://127.0.0.1:{port + 1}", "read_timeout": 0},
                     "limits": {"global": None},
                     "routes": [{"route": "PUT /api/v0/asks/{id}/", "interval": 3600}],
-                    "queue": {"max_wait": "100d", "max_waiting": count + 10, "heartbeat": "10m"},
+                    "queue": {"max_wait": "100d", "max_waiting": count + 200, "heartbeat": "10m"},
                     "state": {"file": f"{folder}/state.json"},
                     "log": {"level": "warning"},
                 }
@@ -72,6 +71,7 @@ async def measure(count: int) -> None:
         proxy = subprocess.Popen(
             [sys.executable, "-m", "proxy", "serve", "--config", str(settings)], stdout=subprocess.DEVNULL
         )
+        silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", port + 1)
         try:
             for _ in range(100):
                 try:
@@ -95,8 +95,9 @@ async def measure(count: int) -> None:
                 await asyncio.sleep(0.05)
             print(f"all left: {waiting(port)} waiting")
         finally:
-            proxy.terminate()
+            proxy.kill()
             proxy.wait(10)
+            silent.close()
 
 
 if __name__ == "__main__":

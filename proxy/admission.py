@@ -35,25 +35,29 @@ from .policy.limiting import (
 )
 from .policy.messages import Response
 from .policy.queueing import Line, Place, QueueRules
+from .policy.retrying import PASSING
 from .policy.routing import Effect, Route
 
 EVERYBODY = "*"
 """The credential of a bucket that all keys share."""
 SLOW_START_ENDS = 64
 """Calls in flight at which a credential's window no longer matters."""
-MOST_BUCKETS = 20_000
+MOST_BUCKETS, MOST_KNOWN = 20_000, 10_000
+KEPT_FOR = 7 * 24 * 3600.0
+"""Seconds for which a credential that does not come back is remembered over restarts."""
 SWEEP_EVERY = 60.0
 
 
 class Turn(Place):
     """One request's wait for its turn, and its place for every further attempt."""
 
-    __slots__ = ("granted", "refusal", "returning", "waiter")
+    __slots__ = ("charged", "granted", "refusal", "returning", "waiter")
 
     def __init__(self, number: int, deadline: float) -> None:
         super().__init__(number, deadline)
         self.waiter: asyncio.Future[None] | None = None
         self.granted = False
+        self.charged: Limiter | None = None
         self.refusal: Refusal | None = None
         self.returning = False
         """It had a turn before, and comes back to its old place."""
@@ -71,8 +75,14 @@ class Account:
         # One call, doubled with each answer that is not a 429: a limit not yet known is met by one call, not by thirty.
         self.window = 1.0
 
+    @property
+    def known(self) -> bool:
+        """It has been seen to bear many calls at once."""
+        return self.window >= SLOW_START_ENDS
+
     def open(self) -> bool:
-        return self.in_flight < self.window or self.window >= SLOW_START_ENDS
+        """May one more call be in flight?"""
+        return self.in_flight < self.window or self.known
 
     def idle(self, now: float) -> bool:
         return not self.in_flight and not self.waiting and self.bucket.idle(now)
@@ -182,13 +192,16 @@ class Answered:
 class Ticket:
     """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
-    __slots__ = ("_admission", "_done", "_origin", "_queue", "granted_at", "route", "send", "sends")
+    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "granted_at", "route", "send", "sends")
 
-    def __init__(self, admission: Admission, origin: Origin, queue: _Queue, route: Route, now: float) -> None:
+    def __init__(
+        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, now: float, charged: Limiter | None
+    ) -> None:
         self._admission = admission
         self._origin = origin
         self._queue = queue
         self._done = False
+        self._charged = charged
         self.route = route
         self.granted_at = now
         self.send: Send | None = None
@@ -225,8 +238,8 @@ class Ticket:
         if self.sends is None:
             for bucket in self._queue.buckets:
                 bucket.give_back()
-            if self._origin.limiter is not None:
-                self._origin.limiter.give_back()
+            if self._charged is not None:
+                self._charged.give_back()
         elif self.send is not None and self.send.accepted is None:
             # No answer came, but none came at once either, as refusals do: its spacing is not in doubt.
             for send in self.sends:
@@ -251,6 +264,7 @@ class Admission:
         self._users: dict[int, set[_Queue]] = {}
         self._restored: dict[str, Mapping[str, Any]] = {}
         self._swept = clock.now()
+        self._over: Refusal | None = None
         self.reconfigure(limits, queue, slots)
 
     @property
@@ -276,6 +290,8 @@ class Admission:
         Raises Refusal: `queue_full`, or `wait_too_long` when the turn would not come, or has not come, before the
         deadline (monotonic seconds; by default the turn's own).
         """
+        if self._over is not None:
+            raise self._over
         now = self.clock.now()
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
@@ -283,13 +299,13 @@ class Admission:
         if not origin.waiting and queue.due(now) <= now + EPSILON and origin.delay() <= 0:
             # Nobody waits and nothing is in the way: the same grant without a line.
             turn.returning = True
-            self._charge(origin, queue)
-            return Ticket(self, origin, queue, route, now)
+            return Ticket(self, origin, queue, route, now, self._charge(origin, queue))
         expected = self._expected(origin, queue, now, returning=turn.returning)
         if expected > until:
             raise too_long(queue, expected - now, until - now)
-        if self.waiting >= self.rules.max_waiting:
-            raise Refusal(429, "queue_full", f"{self.waiting} requests are waiting already; try again later", 30)
+        if len(queue) >= self.rules.max_waiting and not turn.returning:
+            msg = f"{len(queue)} requests wait for {route.name} already; try again later"
+            raise Refusal(429, "queue_full", msg, 30)
         turn.returning = True
         waiting = Turn(turn.number, until)
         self._join(origin, queue, waiting)
@@ -297,7 +313,7 @@ class Admission:
             raise waiting.refusal
         if not waiting.granted:
             await self._wait(origin, queue, waiting, route)
-        return Ticket(self, origin, queue, route, self.clock.now())
+        return Ticket(self, origin, queue, route, self.clock.now(), waiting.charged)
 
     def _join(self, origin: Origin, queue: _Queue, waiting: Turn) -> None:
         queue.join(waiting)
@@ -313,13 +329,13 @@ class Admission:
         waiting.waiter = asyncio.get_running_loop().create_future()
         timer = None
         if waiting.deadline < math.inf:
-            timer = self.clock.call_at(waiting.deadline, lambda: self._late(origin, queue, waiting))
+            timer = self.clock.call_at(waiting.deadline, self._late, origin, queue, waiting)
         try:
             await waiting.waiter
         except asyncio.CancelledError:
             # The turn may have come, or been refused, in the very tick in which the caller left.
             if waiting.granted:
-                Ticket(self, origin, queue, route, self.clock.now()).close()
+                Ticket(self, origin, queue, route, self.clock.now(), waiting.charged).close()
             elif not waiting.left:
                 self._leave(origin, queue, waiting)
                 self._dispatch(origin)
@@ -343,8 +359,9 @@ class Admission:
         if not origin.waiting:
             return
         for bucket in queue.buckets:
-            for user in self._users.get(id(bucket), ()):
-                self._ready(origin, user)
+            if bucket.enforced:
+                for user in self._users.get(id(bucket), ()):
+                    self._ready(origin, user)
         self._dispatch(origin)
 
     def _ready(self, origin: Origin, queue: _Queue) -> None:
@@ -396,7 +413,7 @@ class Admission:
             origin.timer.cancel()
             origin.timer = None
         if wake < math.inf:
-            origin.timer = self.clock.call_at(wake, lambda: self._dispatch(origin))
+            origin.timer = self.clock.call_at(wake, self._dispatch, origin)
 
     def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> None:
         """Its turn has not come: out of `ready`, until it is due, or until something changes if that is not known."""
@@ -416,12 +433,12 @@ class Admission:
         turn = queue.pop()
         turn.granted = True
         self._waits_no_more(origin, queue)
-        self._charge(origin, queue)
+        turn.charged = self._charge(origin, queue)
         if turn.waiter is not None:
             turn.waiter.set_result(None)
 
-    def _charge(self, origin: Origin, queue: _Queue) -> None:
-        """Take a token of everything that a call of this line touches, and a slot."""
+    def _charge(self, origin: Origin, queue: _Queue) -> Limiter | None:
+        """Take a token of everything that a call of this line touches, and a slot. The ceiling it was taken from."""
         origin.in_flight += 1
         queue.account.in_flight += 1
         queue.out += 1
@@ -429,6 +446,7 @@ class Admission:
             bucket.grant()
         if origin.limiter is not None:
             origin.limiter.take()
+        return origin.limiter
 
     def _leave(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
         queue.leave(turn)
@@ -486,9 +504,15 @@ class Admission:
         hint = None
         if response.status == 429:
             hint = read_refusal(response.headers, response.body, wall)
+        if response.status in PASSING:
+            # It may never have come as far as the limits: it proves nothing of them.
+            return Answered(False, hint)
         if hint is None or hint.kind != "rate" or ticket.route.pass_429:
+            counted_for_all = queue.shared.enforced
             for bucket, send in zip(queue.buckets, sends, strict=True):
                 bucket.accepted(send, now)
+            if counted_for_all and not queue.shared.enforced:
+                self._all_keys_ready(queue)  # forgotten: nobody waits for it any more
             if queue.account.window < SLOW_START_ENDS:
                 queue.account.window *= 2
             self._observe(queue, ticket.route, sends, response, wall)
@@ -510,6 +534,7 @@ class Admission:
             queue.route.refused(route, hint, now)
         elif others_called and self.limits.scope == "auto":
             queue.shared.enforce(now)
+            self._all_keys_ready(queue)
             queue.shared.refused(shared, hint, now)
         elif hint.threshold is not None:
             # It speaks of this endpoint, so somebody else calls it with the same key.
@@ -518,6 +543,11 @@ class Admission:
             # The route had been left alone for long enough, so it is what all routes share.
             queue.account.window = 1.0
             queue.account.bucket.refused(account, hint, now)
+
+    def _all_keys_ready(self, queue: _Queue) -> None:
+        """What all keys share at that route began or ceased to count."""
+        for user in self._users.get(id(queue.shared), ()):
+            self._ready(self.origins[queue.key[1]], user)
 
     def _observe(
         self, queue: _Queue, route: Route, sends: tuple[Send, Send, Send], response: Response, wall: float
@@ -528,23 +558,61 @@ class Admission:
         ours = queue.route.observe(
             sends[0], seen, queue.account.bucket.sends, may_raise=route.effect is not Effect.SPEND
         )
-        if not ours and seen.remaining < 1 and seen.limit != queue.route.capacity:
+        if not ours and seen.remaining < 1:
+            # The headers do not say whose they are. The account's, if they fit what is known of it; else this route's.
             account = queue.account.bucket
-            wait = min(seen.reset_in if seen.reset_in is not None else DEFAULT_INTERVAL, LONGEST_HEADER_BLOCK)
-            account.shut(sends[2].at + wait)
+            if account.source == "learned" and round(seen.limit) == account.capacity:
+                account.observe(sends[2], seen, account.sends, may_raise=False)
+            else:
+                wait = min(seen.reset_in if seen.reset_in is not None else DEFAULT_INTERVAL, LONGEST_HEADER_BLOCK)
+                queue.route.shut(sends[0].at + wait)
 
     # --- Buckets ------------------------------------------------------------------------------------------------------
 
-    def reconfigure(self, limits: LimitRules, queue: QueueRules, slots: int) -> None:
-        """Other settings: what was learned and what is owed stay."""
+    def reconfigure(self, limits: LimitRules, queue: QueueRules, slots: int, routes: Iterable[Route] = ()) -> None:
+        """Other settings, also for those who wait: what was learned and what is owed stay."""
+        rescoped = limits.scope != self.limits.scope
         self.limits, self.rules = limits, queue
         self.origins["api"].set_ceiling(limits.global_)
         self.origins["serverless"].set_ceiling(limits.serverless)
         for bucket in (*self._buckets.values(), *(account.bucket for account in self._accounts.values())):
             bucket.keep_margin(limits.margin)
+        now_listed = {(route.upstream, route.name): route for route in routes}
+        for line in self._queues.values():
+            if line.rules is not None:
+                route = now_listed.get(line.key[1:], line.rules[0])
+                line.rules = (route, limits)
+                line.route.base = line.shared.base = self._rate(route)
+            self._ready(self.origins[line.key[1]], line)
+        if rescoped:
+            # Who waits goes on in the line it is in; who comes from now on is counted by the new scope.
+            self._queues = {}
         for origin in self.origins.values():
             origin.slots = slots
             self._dispatch(origin)
+
+    def forget(self, upstream: str) -> None:
+        """That upstream is another server now: what the old one taught says nothing of it."""
+        self._queues = {key: line for key, line in self._queues.items() if key[1] != upstream}
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[1] != upstream}
+        self._accounts = {key: account for key, account in self._accounts.items() if key[1] != upstream}
+        self._restored = {key: kept for key, kept in self._restored.items() if key.split(" ")[1:2] != [upstream]}
+
+    def turn_all_away(self, refusal: Refusal) -> None:
+        """The end: who waits is told so, and so is who comes."""
+        self._over = refusal
+        for origin in self.origins.values():
+            lines = {entry[2] for entry in (*origin.ready, *origin.timed)}
+            lines.update(line for users in self._users.values() for line in users if line.key[1] == origin.name)
+            for line in lines:
+                while (head := line.head()) is not None:
+                    self._turn_away(origin, line, head, refusal)
+
+    def is_refused(self, route: Route, credential: str) -> bool:
+        """Is the vendor refusing these calls at present? Else a wait is our own line's doing."""
+        now = self.clock.now()
+        queue = self._queue(route, credential)
+        return any(bucket.enforced and bucket.refused_in_row and bucket.due(now) > now for bucket in queue.buckets)
 
     def _queue(self, route: Route, credential: str) -> _Queue:
         who = EVERYBODY if self.limits.scope == "ip" else credential
@@ -577,7 +645,9 @@ class Admission:
 
     def _bucket(self, key: tuple[str, str, str], base: Rate, *, enforced: bool) -> Bucket:
         bucket = self._buckets.get(key)
-        if bucket is None:
+        if bucket is not None:
+            bucket.always(enforced)
+        else:
             bucket = self._buckets[key] = Bucket(base, self.limits.margin, enforced=enforced)
             kept = self._restored.pop(" ".join(key), None)
             if kept is not None:
@@ -604,7 +674,10 @@ class Admission:
         self._accounts = {
             key: account
             for key, account in self._accounts.items()
-            if id(account.bucket) in used or not account.idle(now)
+            # One whose window is open is kept while there is room, so that it need not start slowly again.
+            if id(account.bucket) in used
+            or not account.idle(now)
+            or (account.known and len(self._accounts) < MOST_KNOWN)
         }
 
     # --- Kept over a restart, and shown -------------------------------------------------------------------------------
@@ -612,22 +685,29 @@ class Admission:
     def dump(self) -> dict[str, Any]:
         """What was learned and what is owed, as JSON: keys are digests and templates."""
         now, wall = self.clock.now(), self.clock.wall()
-        kept: dict[str, Any] = dict(self._restored)
+        # Who has not come back since is carried on, but not for ever.
+        kept: dict[str, Any] = {
+            key: state for key, state in self._restored.items() if wall - state.get("seen", 0.0) < KEPT_FOR
+        }
         for key, bucket in self._buckets.items():
             state = bucket.dump(now, wall)
             if state and (bucket.enforced or "interval" in state):
-                kept[" ".join(key)] = state
+                kept[" ".join(key)] = state | {"seen": round(wall)}
         for (who, upstream), account in self._accounts.items():
             state = account.bucket.dump(now, wall)
-            if account.window >= SLOW_START_ENDS:
+            if account.known:
                 state["known"] = True
             if state:
-                kept[f"{who} {upstream} account"] = state
+                kept[f"{who} {upstream} account"] = state | {"seen": round(wall)}
         return kept
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Take over what `dump` gave; each bucket does when it is first used."""
-        self._restored = {key: state for key, state in kept.items() if isinstance(state, dict)}
+        self._restored = {
+            key: state
+            for key, state in kept.items()
+            if isinstance(state, dict) and isinstance(state.get("seen", 0), int | float)
+        }
 
     def limits_known(self) -> Iterable[dict[str, Any]]:
         """Every bucket in use, for people: what it allows, where that is from, when it is next due."""
@@ -641,7 +721,7 @@ class Admission:
             yield _shown(who, upstream, "account", account.bucket, now) | {
                 "waiting": account.waiting,
                 "in_flight": account.in_flight,
-                "window": None if account.window >= SLOW_START_ENDS else int(account.window),
+                "window": None if account.known else int(account.window),
             }
 
 

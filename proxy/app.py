@@ -23,6 +23,7 @@ from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
 from .pipeline import Pipeline
+from .policy.errors import Refusal
 from .server import Server
 from .settings import Listen, LogRules, Settings, SettingsError
 from .store import MemoryStore
@@ -52,7 +53,7 @@ class App:
         self._tls = tls
         self._state = StateFile(settings.state.file)
         self.admission = Admission(self.clock, settings.limits, settings.queue, settings.upstreams.max_connections)
-        self.admission.restore(self._state.read())
+        self.admission.restore(self._state.read(self._origins()))
         self.store = MemoryStore(self.clock, settings.cache.max_bytes)
         self.upstream = Upstream(settings.upstreams, tls)
         self.pipeline = Pipeline(settings, self.clock, self.store, self.admission, self.upstream, chance)
@@ -62,10 +63,12 @@ class App:
             self.clock, settings.server, self.pipeline, self.admin, (self.access.observe, self.admin.counted.observe)
         )
         self._ready = False
+        self._stopping = asyncio.Event()
         self._started = self.clock.now()
         self._listener: asyncio.Server | None = None
         self._saver: asyncio.Task[None] | None = None
-        self._background: set[asyncio.Task[None]] = set()
+        # Clients of earlier settings, each until its last call has ended.
+        self._retiring: dict[asyncio.Task[None], Upstream] = {}
         self.address = settings.listen
 
     async def start(self) -> None:
@@ -79,10 +82,11 @@ class App:
         self._ready = True
 
     async def stop(self, grace: float = GRACE) -> None:
-        """Stop listening, let what is under way end within `grace` seconds, keep what was learned."""
+        """Stop listening, turn away who waits, let what is upstream end within `grace` seconds, keep what was learned."""
         self._ready = False
         if self._listener is not None:
             self._listener.close()
+        self.admission.turn_all_away(Refusal(503, "restarting", "vast-proxy is stopping; try again in a moment", 5))
         self.server.pre_shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -90,11 +94,15 @@ class App:
                     await self.clock.sleep(0.05)
         await self.server.shutdown(0.5)
         if self._saver is not None:
-            self._saver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._saver
-        self._state.write(self.admission.dump())
+            # It may be writing, in a thread that cannot be stopped: its end is waited for, so that ours is the last.
+            self._stopping.set()
+            await self._saver
+        self._state.write(self.admission.dump(), self._origins())
         await self.upstream.close()
+        for task, upstream in list(self._retiring.items()):
+            await upstream.close()
+            task.cancel()
+        self.access.flush()
 
     def reload(self, settings: Settings) -> list[str]:
         """Put other settings in force for every request from now on. Names those that need a restart."""
@@ -109,35 +117,38 @@ class App:
         if before.upstreams != settings.upstreams:
             old, self.upstream = self.upstream, Upstream(settings.upstreams, self._tls)
             self.pipeline.upstream = self.upstream
-            self._close_later(old)
-        self.admission.reconfigure(settings.limits, settings.queue, settings.upstreams.max_connections)
+            retiring = asyncio.create_task(old.retire())
+            self._retiring[retiring] = old
+            retiring.add_done_callback(lambda task: self._retiring.pop(task, None))
+            for name in ("api", "serverless"):
+                if getattr(before.upstreams, name) != getattr(settings.upstreams, name):
+                    self.admission.forget(name)
+        self.admission.reconfigure(
+            settings.limits, settings.queue, settings.upstreams.max_connections, settings.routes
+        )
         self.store.resize(settings.cache.max_bytes)
         self.access.configure(settings.log.level, settings.log.format)
         self.pipeline.settings = settings
         return kept
 
-    def _close_later(self, upstream: Upstream) -> None:
-        async def close() -> None:
-            await self.clock.sleep(self.settings.upstreams.read_timeout or 600.0)
-            await upstream.close()
-
-        task = asyncio.create_task(close())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
     async def _save_now_and_then(self) -> None:
-        while True:
-            await self.clock.sleep(SAVE_EVERY)
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SAVE_EVERY):
+                    await self._stopping.wait()
             state = self.admission.dump()
             if self._state.differs(state):
-                await asyncio.to_thread(self._state.write, state)
+                await asyncio.to_thread(self._state.write, state, self._origins())
+
+    def _origins(self) -> dict[str, str]:
+        return {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless}
 
     def _status(self) -> Mapping[str, Any]:
         return {
             "version": __version__,
             "uptime": round(self.clock.now() - self._started, 1),
             "settings": self.settings.source,
-            "upstreams": {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless},
+            "upstreams": self._origins(),
             "waiting": self.admission.waiting,
             "in_flight": self.admission.in_flight,
             "flights": len(self.pipeline.flights),
@@ -153,14 +164,14 @@ class StateFile:
         self.path = path
         self._written: dict[str, Any] | None = None
 
-    def read(self) -> Mapping[str, Any]:
-        """The buckets as they were dumped, or nothing, with a warning if there was something that could not be read."""
+    def read(self, origins: Mapping[str, str]) -> Mapping[str, Any]:
+        """The buckets as they were dumped, of these origins; nothing, with a warning, where it cannot be read."""
         if self.path is None:
             return {}
         try:
             found = json.loads(self.path.read_bytes())
-            buckets = found["buckets"]
-            if found["version"] != 1 or not isinstance(buckets, dict):
+            buckets, known = found["buckets"], found["origins"]
+            if found["version"] != 1 or not isinstance(buckets, dict) or not isinstance(known, dict):
                 raise ValueError("not a state file of this version")
         except FileNotFoundError:
             return {}
@@ -173,13 +184,15 @@ class StateFile:
                 self.path.replace(aside)
             log.warning("state file %s is damaged: set aside as %s, starting without what was learned", self.path, aside)
             return {}
-        return buckets
+        # What one server taught says nothing of another: a rehearsal against a fake must not slow the real thing down.
+        changed = {name for name, origin in origins.items() if known.get(name) != origin}
+        return {key: state for key, state in buckets.items() if changed.isdisjoint(key.split(" ")[1:2])}
 
     def differs(self, buckets: Mapping[str, Any]) -> bool:
         """Is there something to write?"""
-        return self.path is not None and buckets != self._written
+        return self.path is not None and _timeless(buckets) != _timeless(self._written or {})
 
-    def write(self, buckets: dict[str, Any]) -> None:
+    def write(self, buckets: dict[str, Any], origins: Mapping[str, str]) -> None:
         """Put it in the place of what was there, in one step; readable by its owner only."""
         if self.path is None:
             return
@@ -188,7 +201,7 @@ class StateFile:
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".state-")
             try:
                 with os.fdopen(handle, "w") as file:
-                    json.dump({"version": 1, "buckets": buckets}, file, indent=1)
+                    json.dump({"version": 1, "origins": origins, "buckets": buckets}, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
                 Path(name).replace(self.path)
@@ -202,6 +215,11 @@ class StateFile:
             else:
                 log.warning("state file %s cannot be written (%s): nothing will be remembered", self.path, error.strerror)
                 self._written = {}
+
+
+def _timeless(buckets: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the marks of time alone, which would make a file of a resting proxy differ for ever."""
+    return {key: {name: value for name, value in state.items() if name != "seen"} for key, state in buckets.items()}
 
 
 def configure_logging(rules: LogRules) -> None:

@@ -20,9 +20,9 @@ class Clock:
         self.now = self._loop.time
         """Monotonic seconds."""
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+    def call_at(self, when: float, callback: Callable[..., object], *arguments: object) -> asyncio.TimerHandle:
         """Run `callback` at `when` (monotonic seconds), or soon if that is past."""
-        return self._loop.call_at(when, callback)
+        return self._loop.call_at(when, callback, *arguments)
 
     async def sleep(self, seconds: float) -> None:
         """Sleep; a cancellation ends it at once."""

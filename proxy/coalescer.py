@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -17,12 +18,14 @@ Call: TypeAlias = Callable[["Flight[T]"], Coroutine[object, object, T]]
 class Flight(Generic[T]):
     """One call under way and those who wait for it."""
 
-    __slots__ = ("keep", "members", "taken", "task")
+    __slots__ = ("busy", "keep", "members", "taken", "task")
 
     def __init__(self) -> None:
         self.members = 0
         self.keep = False
         """Set by the call itself: finish it, also when nobody waits any more."""
+        self.busy = False
+        """Set by the call itself: it is past waiting, its answer may come at any moment."""
         self.taken = False
         self.task: asyncio.Task[T]
 
@@ -43,20 +46,27 @@ class Coalescer(Generic[T]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def join(self, key: str | None, call: Call[T]) -> tuple[T | None, bool]:
+    async def join(
+        self, key: str | None, call: Call[T], watch: Callable[[Flight[T]], None] | None = None
+    ) -> tuple[T | None, bool]:
         """The result, and whether it is another's. None for a follower whose result only one could have: go alone.
 
-        Without a key the call is nobody else's, but outlives its caller all the same. Raises what `call` raises.
+        Without a key the call is nobody else's, but outlives its caller all the same. `watch` is shown the flight
+        before it is waited for. Raises what `call` raises.
         """
         flight = self._flights.get(key) if key is not None else None
-        collapsed = flight is not None
-        if flight is None:
+        collapsed = flight is not None and not flight.task.done()
+        if flight is None or flight.task.done():  # what has landed is not joined, though its members are yet to wake
             flight = Flight()
-            flight.task = asyncio.ensure_future(self._run(key, flight, call))
+            flight.task = asyncio.ensure_future(call(flight))
             self._tasks.add(flight.task)
+            # The first of its callbacks: before anybody is woken, and also where it is cancelled before its first step.
+            flight.task.add_done_callback(partial(self._lands, key, flight))
             if key is not None:
                 self._flights[key] = flight
         flight.members += 1
+        if watch is not None:
+            watch(flight)
         try:
             result = await asyncio.shield(flight.task)
             if not self._single(result):
@@ -75,14 +85,10 @@ class Coalescer(Generic[T]):
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _run(self, key: str | None, flight: Flight[T], call: Call[T]) -> T:
-        try:
-            return await call(flight)
-        finally:
-            # Before anybody is woken: who comes from now on must not join what has landed.
-            if key is not None and self._flights.get(key) is flight:
-                del self._flights[key]
-            self._tasks.discard(flight.task)
+    def _lands(self, key: str | None, flight: Flight[T], task: asyncio.Task[T]) -> None:
+        self._tasks.discard(task)
+        if key is not None and self._flights.get(key) is flight:
+            del self._flights[key]
 
     def _deserted(self, key: str | None, flight: Flight[T]) -> None:
         task = flight.task

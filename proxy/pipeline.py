@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
+
+from cachetools import TTLCache
 
 from .admission import Admission, Turn
 from .clock import Clock
@@ -18,6 +22,10 @@ from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
 from .policy.routing import Route
 from .settings import Settings
 from .store import Store
+
+
+PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
+"""Kept places: of so many requests, so many of one, for so many seconds."""
 
 
 class Sender(Protocol):
@@ -73,6 +81,17 @@ class Understood:
     """Seconds for which it can be held."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Stale:
+    """A stored answer that is not fresh: served instead of a long wait or a failure."""
+
+    stored: Stored
+    since: float
+    """Seconds since it was fresh."""
+    current: bool
+    """Of the epoch in force; else a write has been done since."""
+
+
 @dataclass(slots=True)
 class _Journey:
     """One upstream call and what is known before it begins. Owned by its flight."""
@@ -81,16 +100,26 @@ class _Journey:
     request: Request
     """As it is sent."""
     turn: Turn
-    exchange: Exchange
     began: float
-    fallback: tuple[Stored, float] | None = None
-    """A stale answer, and for how many seconds it has been so: served instead of a long wait or a failure."""
+    stale_allowed: bool = False
+    fallback: _Stale | None = None
+    """What there was to fall back on when it began."""
+    acted: bool = False
+    """It was, or may have been, done at upstream."""
+    in_doubt: bool = False
+    """An earlier try may have been done, whatever the last one was answered."""
 
     @property
     def may_keep(self) -> bool:
         """Once it is sent it is finished: a write always, a read if its answer can be stored."""
         route = self.known.route
         return not route.is_read or (self.known.question is not None and route.family is not None)
+
+
+_NOBODY = Refusal(500, "outcome_unknown", "given up: nobody waits for it any more")
+
+
+Watch = Callable[[Flight[Fetched]], None]
 
 
 class Pipeline:
@@ -106,6 +135,8 @@ class Pipeline:
         self.upstream = upstream
         self.chance = chance
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
+        # Places given up unserved, kept a while for whoever comes back with the same request.
+        self._places: TTLCache[str, deque[Turn]] = TTLCache(PLACES, PLACE_KEPT_FOR, timer=clock.now)
 
     def understand(self, request: Request, fields: Headers, *, http_1_1: bool) -> Understood:
         """Who asks what, and how long it can be held; `fields`: its headers before any was stripped.
@@ -118,7 +149,8 @@ class Pipeline:
         asked = caching.directives(request.headers)
         question = None
         if route.collapse and not asked.no_store and caching.may_share(route, request):
-            question = caching.question(route, request, caller, settings.cache)
+            origin = settings.upstreams.serverless if route.upstream == "serverless" else settings.upstreams.api
+            question = caching.question(route, request, caller, settings.cache, origin)
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
         epochs = caching.epochs_of_read(route, caller, settings.cache)
@@ -143,51 +175,70 @@ class Pipeline:
             raise _not_cached(route)
         return None
 
-    async def fetch(self, known: Understood, exchange: Exchange) -> Response:
-        """An answer from upstream, waited for in its turn. Raises Refusal."""
-        turn = self.admission.arrive()
+    def fetch(
+        self, known: Understood, exchange: Exchange, watch: Watch = lambda flight: None
+    ) -> Coroutine[Any, Any, Response]:
+        """An answer from upstream, waited for in its turn. `watch` is shown the flight. Raises Refusal."""
+        turn = self._turn(known)
         if known.question is None or known.asked.no_cache:
-            return await self._alone(known, turn, exchange)
-        return await self._together(known, turn, exchange)
+            return self._alone(known, turn, exchange, watch)
+        return self._together(known, turn, exchange, watch)
 
     # --- Alone or together --------------------------------------------------------------------------------------------
 
-    async def _alone(self, known: Understood, turn: Turn, exchange: Exchange) -> Response:
+    async def _alone(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """A call that is shared with nobody: a write, or a read that asks for an answer of its own."""
-        journey = _Journey(known, known.request, turn, exchange, self.clock.now())
+        journey = _Journey(known, known.request, turn, self.clock.now())
         if known.route.is_read and known.question is None:
             # Of no use to anybody else: it goes when its caller goes.
-            fetched = await self._fetch(journey, Flight())
+            flight: Flight[Fetched] = Flight()
+            flight.members = 1
+            watch(flight)
+            fetched = await self._fetch(journey, flight)
         else:
-            landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight))
+            landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
             assert landed is not None  # nobody else can have taken it
             fetched = landed
         if known.question is None:
-            fetched.cache = CacheStatus.BYPASS
+            if fetched.cache is CacheStatus.MISS:
+                fetched.cache = CacheStatus.BYPASS
             return self._told(fetched, None, exchange, collapsed=False)
         return self._told(fetched, known.request.headers, exchange, collapsed=False)
 
-    async def _together(self, known: Understood, turn: Turn, exchange: Exchange) -> Response:
+    async def _together(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """Join the flight that asks the same, or lead one."""
         key = await self._key(known)
         stale_allowed = known.asked.max_age is None
         if not stale_allowed:
             key = f"{key}!fresh"
-
-        async def call(flight: Flight[Fetched]) -> Fetched:
-            journey = _Journey(known, _share_coding(known.request), turn, exchange, self.clock.now())
-            if stale_allowed:
-                journey.fallback = await self._stale(known)
-            return await self._fetch(journey, flight)
-
-        fetched, collapsed = await self.flights.join(key, call)
+        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed)
+        fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
         if fetched is None:  # too large to be shared
-            return await self._alone(known, turn, exchange)
+            return await self._alone(known, turn, exchange, watch)
         late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
         if collapsed and late and self.clock.now() < turn.deadline - 1.0:
             # The leader had come earlier, so its time was over first; ours is not.
-            return await self._alone(known, turn, exchange)
+            return await self._alone(known, turn, exchange, watch)
         return self._told(fetched, known.request.headers, exchange, collapsed=collapsed)
+
+    # --- The place of one who comes back ------------------------------------------------------------------------------
+
+    def _turn(self, known: Understood) -> Turn:
+        """A new place in line, or the old one of the same request that left it unserved a moment ago."""
+        if self._places:
+            left = self._places.get(_same(known))
+            if left:
+                turn = left.popleft()
+                if turn.deadline > self.clock.now():
+                    return turn
+        return self.admission.arrive()
+
+    def _keep_place(self, known: Understood, turn: Turn) -> None:
+        """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
+        same = _same(known)
+        places = self._places.get(same) or deque(maxlen=PLACES_OF_ONE)
+        places.append(turn)
+        self._places[same] = places
 
     def _told(self, fetched: Fetched, asked: Headers | None, exchange: Exchange, *, collapsed: bool) -> Response:
         """One member's view of what its flight brought. `asked`: its headers, if the answer is not for it alone."""
@@ -212,39 +263,47 @@ class Pipeline:
 
     async def _fetch(self, journey: _Journey, flight: Flight[Fetched]) -> Fetched:
         """Wait, send, and again as far as it is harmless; then store, and begin the epochs that a write ends."""
-        fetched = Fetched(Refusal(500, "internal_error", "no outcome"), was_stale=journey.fallback is not None)
-        may_have_acted = False
+        fetched = Fetched(_NOBODY)
+        known = journey.known
+        if journey.stale_allowed:
+            journey.fallback = await self._stale(known)
+            fetched.was_stale = journey.fallback is not None
         concluded = False
         try:
             while True:
                 outcome, hint = await self._attempt(journey, flight, fetched)
-                may_have_acted |= not isinstance(outcome, Refusal) and hint is None
-                if isinstance(outcome, Refusal):
-                    fetched.outcome = outcome
-                    break
                 if hint is not None and hint.kind == "rate":
                     fetched.refusals += 1
-                    if fetched.refusals < MAX_429:
-                        continue
-                    msg = f"Vast.ai refused {journey.known.route.name} {MAX_429} times as too frequent; try again later"
-                    fetched.outcome = Refusal(429, "wait_too_long", msg, GIVE_UP_AFTER)
+                    fetched.outcome = _too_often(known.route)
+                    again, pause = fetched.refusals < MAX_429, 0.0
+                elif isinstance(outcome, Refusal):
+                    fetched.outcome, again, pause = outcome, False, 0.0
+                else:
+                    failures = fetched.attempts - fetched.refusals
+                    fetched.outcome = retrying.verdict(known.route, outcome, failures)
+                    again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)
+                    again = again and failures < known.settings.retry.max_attempts
+                    pause = retrying.backoff(known.settings.retry, failures, self.chance()) if again else 0.0
+                    again = again and self._worth_waiting(journey, pause)
+                    if not isinstance(outcome, UpstreamError) or outcome.sent:
+                        # Done, or it may have been: of an earlier try nobody learns any more.
+                        journey.in_doubt |= again
+                        journey.acted = True
+                if not again or not flight.members:
                     break
-                failures = fetched.attempts - fetched.refusals
-                if retrying.failed(outcome) and retrying.may_send_again(journey.known.route, outcome):
-                    pause = retrying.backoff(journey.known.settings.retry, failures, self.chance())
-                    if failures < journey.known.settings.retry.max_attempts and self._worth_waiting(journey, pause):
-                        flight.keep = False
-                        await self.clock.sleep(pause)
-                        continue
-                fetched.outcome = retrying.verdict(journey.known.route, outcome, failures)
-                break
-            if not journey.known.route.is_read and may_have_acted:
-                await self._end_epochs(journey, fetched.outcome)
+                # From here it waits again: who leaves now gives it up, and who is out of patience may be told so.
+                flight.keep = False
+                flight.busy = journey.acted and not known.route.is_read
+                if pause:
+                    await self.clock.sleep(pause)
+            await self._end_epochs(journey, fetched.outcome)
             concluded = True
         finally:
-            if not concluded and not journey.known.route.is_read and may_have_acted:
+            if not concluded:
+                if not journey.acted and isinstance(fetched.outcome, Refusal):
+                    self._keep_place(known, journey.turn)
                 # Cancelled between two tries of a write: one of them may have been done.
-                await self._end_epochs(journey, Refusal(500, "outcome_unknown", ""))
+                await self._end_epochs(journey, _NOBODY)
         return await self._settle(journey, fetched)
 
     def _worth_waiting(self, journey: _Journey, pause: float) -> bool:
@@ -258,10 +317,13 @@ class Pipeline:
         self, journey: _Journey, flight: Flight[Fetched], fetched: Fetched
     ) -> tuple[Response | UpstreamError | Refusal, Hint | None]:
         """Wait for the turn and send once. With what a 429 said, if it was one."""
-        clock, exchange, known = self.clock, journey.exchange, journey.known
+        clock, known = self.clock, journey.known
         deadline = journey.turn.deadline
-        if journey.fallback is not None:
-            deadline = min(deadline, journey.began + journey.known.settings.cache.stale_after)
+        if journey.fallback is not None and (
+            journey.fallback.current or self.admission.is_refused(known.route, known.caller.credential)
+        ):
+            # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
+            deadline = min(deadline, journey.began + known.settings.cache.stale_after)
         began = clock.now()
         try:
             ticket = await self.admission.turn(
@@ -275,7 +337,7 @@ class Pipeline:
         def sent() -> None:
             ticket.sent()
             flight.keep = journey.may_keep
-            exchange.waiting = False
+            flight.busy = True
 
         granted = clock.now()
         held = False
@@ -285,22 +347,21 @@ class Pipeline:
                 # As the epochs are now: what is read from here on is later than every write that has ended.
                 key = await self._key(known)
             response = await self.upstream.send(journey.request, known.route.upstream, sent)
-            answered = ticket.answered(response)
+            if response.status == 429 or response.status in retrying.PASSING:
+                response = _cut_short(response)
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)
+            answered = ticket.answered(response)
         except UpstreamError as error:
             fetched.attempts += 1
             return error, None
         finally:
             fetched.upstream += clock.now() - granted
-            exchange.waiting = True
             if not held:
                 ticket.close()
         fetched.attempts += 1
-        if answered.again:
-            flight.keep = False
-        elif key is not None and caching.may_store(known.route, response):
+        if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
             fetched.stored = True
         return response, answered.hint
@@ -309,12 +370,13 @@ class Pipeline:
         """Prefer a stale answer to none; say how old what is served is."""
         outcome = fetched.outcome
         unanswered = isinstance(outcome, Refusal) or retrying.failed(outcome) or outcome.status == 429
-        if unanswered and journey.fallback is not None:
-            stored, since = journey.fallback
+        # Looked up anew: what was kept while this one waited, or was voided meanwhile by a write.
+        stale = await self._stale(journey.known) if unanswered and journey.stale_allowed else None
+        if stale is not None:
             _drop_rest(fetched)
-            fetched.outcome = Response(200, stored.headers(), stored.body)
-            fetched.cache, fetched.ttl = CacheStatus.STALE, -since
-            fetched.age = self.clock.now() - stored.born
+            fetched.outcome = Response(200, stale.stored.headers(), stale.stored.body)
+            fetched.cache, fetched.ttl = CacheStatus.STALE, -stale.since
+            fetched.age = self.clock.now() - stale.stored.born
         elif fetched.stored and journey.known.route.family is not None:
             fetched.ttl, _ = caching.lifetimes(journey.known.route.family, journey.known.settings.cache)
         return fetched
@@ -334,8 +396,8 @@ class Pipeline:
         if family.market and stale_for > 0:
             await self.store.set(f"latest:{journey.known.question}", key.encode(), ttl + stale_for)
 
-    async def _stale(self, known: Understood) -> tuple[Stored, float] | None:
-        """An answer past its time, or for the market from an earlier epoch, and for how long it has been stale."""
+    async def _stale(self, known: Understood) -> _Stale | None:
+        """An answer past its time, or for the market from an earlier epoch."""
         family = known.route.family
         if family is None:
             return None
@@ -343,6 +405,7 @@ class Pipeline:
         if stale_for <= 0:
             return None
         frozen = await self.store.get(await self._key(known))
+        current = frozen is not None
         if frozen is None and family.market:
             latest = await self.store.get(f"latest:{known.question}")
             frozen = await self.store.get(latest.decode()) if latest is not None else None
@@ -350,11 +413,13 @@ class Pipeline:
             return None
         stored = caching.thaw(frozen)
         age = self.clock.now() - stored.born
-        return (stored, max(0.0, age - ttl)) if age < ttl + stale_for else None
+        return _Stale(stored, max(0.0, age - ttl), current) if age < ttl + stale_for else None
 
     async def _end_epochs(self, journey: _Journey, outcome: Response | Refusal) -> None:
         """After a write that was, or may have been, done: nothing read before its end is found any more."""
-        await self._begin(caching.epochs_of_write(journey.known.route, journey.known.caller, outcome))
+        if journey.acted and not journey.known.route.is_read:
+            ended = _NOBODY if journey.in_doubt else outcome
+            await self._begin(caching.epochs_of_write(journey.known.route, journey.known.caller, ended))
 
     async def _begin(self, epochs: Sequence[str]) -> None:
         for name in epochs:
@@ -379,6 +444,31 @@ def _revived(stored: Stored, headers: Headers) -> Response:
     if stored.coded and not caching.accepts_gzip(headers):
         return caching.plain(Response(200, stored.headers(), stored.body))
     return Response(200, (), stored.body, head=stored.head)
+
+
+def _same(known: Understood) -> str:
+    """Equal for a request and its repetition by the same caller."""
+    if known.question is not None:
+        return known.question
+    request = known.request
+    told = f"{known.caller.credential} {request.method} {request.target}\0".encode("utf-8", "surrogateescape")
+    return hashlib.sha256(told + request.body).hexdigest()
+
+
+def _cut_short(response: Response) -> Response:
+    """A failure with an endless body: what it says is in its status, and no connection is held for the rest."""
+    if response.rest is None:
+        return response
+    response.rest.close()
+    if response.status != 429:
+        raise UpstreamError(f"answered {response.status}, with more than can be held", sent=True)
+    headers = tuple(item for item in response.headers if item[0].lower() not in ("content-length", "content-encoding"))
+    return Response(response.status, headers, b"", response.reason)
+
+
+def _too_often(route: Route) -> Refusal:
+    msg = f"Vast.ai refused {route.name} as too frequent, {MAX_429} times at the most; try again later"
+    return Refusal(429, "wait_too_long", msg, GIVE_UP_AFTER)
 
 
 def _not_cached(route: Route) -> Refusal:

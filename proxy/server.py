@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +21,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from cachetools import LRUCache
 
 from .clock import Clock
+from .coalescer import Flight
 from .pipeline import Pipeline, Understood
 from .policy.errors import Refusal, UpstreamError
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
@@ -28,8 +30,8 @@ from .settings import ServerRules
 LONGEST_LINE = 32 * 1024
 """Bytes of a request line: searches by GET carry their query in it."""
 LONGEST_FIELD = 16 * 1024
-REQUESTS_KEPT, LONGEST_KEPT = 1024, 4096
-"""How many requests' meanings are kept, and the longest body (bytes) of one."""
+REQUESTS_KEPT, LONGEST_KEPT, LONGEST_SHARED = 1024, 4096, 256
+"""How many requests' meanings are kept, the longest body and the longest shared field (bytes)."""
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class Server(web.Server):
             response = found if found is not None else await self._patiently(request, known, exchange, began)
         except Refusal as refused:
             exchange.code = refused.code
+            if not exchange.attempts:
+                exchange.cache = CacheStatus.REFUSED
             response = _refused(refused)
             last = last or refused.code in _LAST
         except _Gone:
@@ -131,7 +135,7 @@ class Server(web.Server):
         fields = _fields(request.raw_headers)
         asked = Request(request.method, _target(request), end_to_end(fields), body)
         known = self._pipeline.understand(asked, fields, http_1_1=http_1_1)
-        if len(body) <= LONGEST_KEPT:
+        if known.route.is_read and len(body) <= LONGEST_KEPT:
             self._known[key] = known
         return known
 
@@ -139,9 +143,9 @@ class Server(web.Server):
         self, request: web.BaseRequest, known: Understood, exchange: Exchange, began: float
     ) -> Response:
         """Upstream's answer, with the client kept waiting by interim answers, or told to come back in time."""
-        hold = _Hold(self._clock, known, request.transport, exchange, began)
+        hold = _Hold(self._clock, known, request.transport, began)
         try:
-            return await self._pipeline.fetch(known, exchange)
+            return await self._pipeline.fetch(known, exchange, hold.watch)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not hold.over or task is None or task.uncancel() > 0:
@@ -155,15 +159,15 @@ class Server(web.Server):
 class _Hold:
     """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns the one timer of both."""
 
-    __slots__ = ("_clock", "_end", "_exchange", "_known", "_next", "_task", "_timer", "_transport", "over")
+    __slots__ = ("_clock", "_end", "_flight", "_known", "_next", "_task", "_timer", "_transport", "over")
 
     def __init__(
-        self, clock: Clock, known: Understood, transport: asyncio.Transport | None, exchange: Exchange, began: float
+        self, clock: Clock, known: Understood, transport: asyncio.Transport | None, began: float
     ) -> None:
         self._clock = clock
         self._known = known
         self._transport = transport
-        self._exchange = exchange
+        self._flight: Flight[Any] | None = None
         self._task = asyncio.current_task()
         self._end = began + known.patience
         self._next = began + known.settings.queue.heartbeat if known.beat else self._end
@@ -171,13 +175,17 @@ class _Hold:
         """It ended the wait, not the client."""
         self._timer = clock.call_at(min(self._next, self._end), self._tick)
 
+    def watch(self, flight: Flight[Any]) -> None:
+        """The call that the client waits for from now on."""
+        self._flight = flight
+
     def end(self) -> None:
         """The wait is over."""
         self._timer.cancel()
 
     def _tick(self) -> None:
         now = self._clock.now()
-        if now >= self._end and self._exchange.waiting:
+        if now >= self._end and not (self._flight is not None and self._flight.busy):
             self.over = True
             if self._task is not None:
                 self._task.cancel()
@@ -264,10 +272,19 @@ def _origin_form(raw: str, request: web.BaseRequest) -> str:
     raise _bad(400, "not a forward proxy: point the client's base URL at it")
 
 
+@lru_cache(maxsize=2048)
+def _field(name: bytes, value: bytes) -> tuple[str, str]:
+    """One field as text. A client says most of them alike in every request: ten thousand who wait share them."""
+    return name.decode("ascii"), value.decode()
+
+
 def _fields(raw: tuple[tuple[bytes, bytes], ...]) -> Headers:
     """All fields as text. Raises Refusal for a value that is not UTF-8."""
     try:
-        return tuple((name.decode("ascii"), value.decode("utf-8")) for name, value in raw)
+        return tuple(
+            _field(name, value) if len(value) <= LONGEST_SHARED else (name.decode("ascii"), value.decode())
+            for name, value in raw
+        )
     except UnicodeDecodeError:
         raise _bad(400, "a header is not UTF-8") from None
 
@@ -328,6 +345,8 @@ def _told(exchange: Exchange, total: float) -> bytes:
             status = f"hit; ttl={exchange.ttl or 0:.0f}; detail=stale"
         case CacheStatus.STALE:
             status = f"fwd=stale; ttl={exchange.ttl or 0:.0f}; detail=stale"
+        case CacheStatus.REFUSED:
+            status = f"detail={exchange.code}"
         case CacheStatus.COLLAPSED:
             status = "fwd=miss; collapsed"
         case CacheStatus.MISS:

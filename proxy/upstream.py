@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
@@ -55,7 +56,7 @@ class _Outgoing(aiohttp.ClientRequest):
 
 
 class Upstream:
-    """Sends one request once. Owns the connections; keeps no cookie, follows the vendor's redirects, replays nothing."""
+    """Sends one request once. Owns the connections; keeps no cookie, replays nothing, follows the vendor's redirects."""
 
     def __init__(self, rules: UpstreamRules, tls: ssl.SSLContext | None = None) -> None:
         """Inside a running loop. `tls`: how to verify; by default with the system's authorities."""
@@ -79,10 +80,24 @@ class Upstream:
         )
         # aiohttp sends PUT and DELETE again by itself when a connection is lost: that would rent twice.
         self._session._retry_connection = False
+        self._calls = 0
+        self._idle = asyncio.Event()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, also those in use."""
         await self._session.close()
+
+    async def retire(self) -> None:
+        """Close once the calls under way have ended; to be used no more."""
+        while self._calls:
+            self._idle.clear()
+            await self._idle.wait()
+        await self.close()
+
+    def _ended(self) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._idle.set()
 
     def origin(self, upstream: str) -> str:
         """The base URL of an upstream, without a slash at its end."""
@@ -94,11 +109,30 @@ class Upstream:
         A redirect to the vendor's own hosts is followed with method, body and key; 303 becomes a GET (RFC 9110 15.4.4).
         Any other redirect is the answer. Raises UpstreamError.
         """
-        origin = self.origin(upstream)
-        url = origin + request.target
+        self._calls += 1
+        held = False
+        try:
+            response = await self._follow(request, self.origin(upstream) + request.target, sent)
+            if response.rest is not None:
+                held = True
+                response.rest.on_close(self._ended)
+            return response
+        finally:
+            if not held:
+                self._ended()
+
+    async def _follow(self, request: Request, url: str, sent: Callable[[], None]) -> Response:
         method, headers, body = request.method, request.headers, request.body
-        for _ in range(_MOST_REDIRECTS):
-            response = await self._exchange(method, url, headers, body, sent)
+        for hop in range(_MOST_REDIRECTS):
+            try:
+                response = await self._exchange(method, url, headers, body, sent)
+            except UpstreamError as error:
+                if hop and not error.sent:
+                    # This hop was not sent, but the first one was, and what it did is not known.
+                    raise UpstreamError(str(error), sent=True, timed_out=error.timed_out) from error
+                raise
+            if hop and method != request.method and response.status == 429:
+                raise UpstreamError("done, but its result was refused as too frequent", sent=True)
             if response.status not in _REDIRECTS:
                 return response
             location = header(response.headers, "location")
@@ -240,7 +274,10 @@ def _translated(error: BaseException, *, sent: bool) -> UpstreamError:
         what = "no answer within the time allowed" if sent else "no connection within the time allowed"
         return UpstreamError(what, sent=sent, timed_out=True)
     if isinstance(error, aiohttp.ClientConnectorError):
-        return UpstreamError(f"no connection ({error.os_error.strerror or 'unknown error'})", sent=sent)
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return UpstreamError("no connection (its name is not known)", sent=sent)
+        number = error.os_error.errno  # asyncio's own text has the address in it
+        return UpstreamError(f"no connection ({os.strerror(number) if number else 'unknown error'})", sent=sent)
     if isinstance(error, aiohttp.ClientPayloadError):
         return UpstreamError("the answer broke off", sent=sent)
     if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError):

@@ -11,6 +11,9 @@ from typing import Any, Self
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
+PATIENCE = 300.0
+"""Seconds after which a client in a test gives up; virtual ones cost nothing."""
+
 
 @dataclass(slots=True)
 class Seen:
@@ -83,7 +86,7 @@ class RawUpstream:
     async def start(self, tls: ssl.SSLContext | None = None) -> Self:
         if tls is not None:
             tls.sni_callback = lambda _socket, name, _context: self.names.append(name)
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls, limit=2**20)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls, limit=2**20, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"{'https' if tls is not None else 'http'}://127.0.0.1:{self.port}"
         return self
@@ -93,7 +96,9 @@ class RawUpstream:
         self._server.close()
         for writer in self._writers:
             writer.transport.abort()
-        await asyncio.gather(*self._tasks)
+        if self._tasks:
+            _, stuck = await asyncio.wait(self._tasks, timeout=1)
+            assert not stuck, "a script that does not end with its connection"
 
     async def __aenter__(self) -> Self:
         return self if self._server else await self.start()
@@ -153,11 +158,12 @@ class Wire:
 
     async def answer(self, *, to: str = "GET") -> Got:
         """The next answer; one to a HEAD has no body."""
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        status = int(head.split(b" ", 2)[1])
-        if to == "HEAD" or status < 200 or status in (204, 304):
-            return Got(head, b"")
-        return Got(head, await read_body(self.reader, head, to_end=True))
+        async with asyncio.timeout(PATIENCE):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            status = int(head.split(b" ", 2)[1])
+            if to == "HEAD" or status < 200 or status in (204, 304):
+                return Got(head, b"")
+            return Got(head, await read_body(self.reader, head, to_end=True))
 
     async def ask(self, data: bytes, *, to: str = "GET") -> Got:
         await self.send(data)
@@ -166,7 +172,8 @@ class Wire:
     async def rest(self) -> bytes:
         """All that comes until the other side closes, which it must."""
         try:
-            return await self.reader.read(-1)
+            async with asyncio.timeout(PATIENCE):
+                return await self.reader.read(-1)
         except ConnectionError:
             return b""
 

@@ -18,7 +18,7 @@ import proxy.admission
 from proxy.admission import EVERYBODY, SLOW_START_ENDS, Admission, Limiter, Ticket, Turn
 from proxy.clock import Clock
 from proxy.policy.errors import Refusal
-from proxy.policy.limiting import Ceiling, LimitRules
+from proxy.policy.limiting import NAMED_FOR, Ceiling, LimitRules
 from proxy.policy.messages import Headers, Response
 from proxy.policy.queueing import QueueRules
 from proxy.policy.routing import Route, Routes
@@ -410,6 +410,36 @@ async def test_a_bucket_that_is_shut_beyond_its_deadline_turns_the_head_away_wit
     world.assert_idle()
 
 
+async def test_a_full_line_is_full_for_nobody_else_nor_for_who_comes_back() -> None:
+    world = World(queue=QueueRules(max_waiting=2), known="k l")
+    first = world.admission.arrive()
+    with await world.admission.turn(first, TEN, "k") as ticket:
+        line = [world.begin(str(number), TEN) for number in range(2)]
+        await asyncio.sleep(0)
+        assert (await refusal_of(world.call("x", TEN))).code == "queue_full"
+        await world.call("another route", TWO)
+        await world.call("another key", TEN, "l")
+        ticket.sent()
+        assert ticket.answered(refused(headers=(("Retry-After", "3"),))).again
+    await world.call("first", TEN, turn=first)
+    await asyncio.gather(*line)
+    assert world.names == ["another route", "another key", "first", "0", "1"]
+
+
+async def test_at_the_end_all_who_wait_and_all_who_come_are_told_so() -> None:
+    world = World(slots=1)
+    held = await world.granted(FREE[0])
+    line = [world.begin(str(number), route) for number, route in enumerate([FREE[0], FREE[1], TWO, TWO, TEN])]
+    await asyncio.sleep(1.0)
+    world.admission.turn_all_away(Refusal(503, "shutting_down", "bye"))
+    late = world.begin("late", FREE[5])
+    ended = await asyncio.gather(*line, late, return_exceptions=True)
+    assert [getattr(end, "code", end) for end in ended] == ["shutting_down"] * 6
+    assert world.state == (0, 1)
+    held.close()
+    world.assert_idle()
+
+
 async def test_a_full_queue_refuses_and_has_room_again_when_one_has_left() -> None:
     world = World(queue=QueueRules(max_waiting=3))
     line = [world.begin(str(number), TEN) for number in range(4)]  # one goes at once
@@ -497,6 +527,27 @@ async def test_a_429_that_another_keys_call_explains_is_the_addresss_and_from_th
     assert shut(world, TWO, "l")["shared"] == pytest.approx(9.0)
 
 
+async def test_when_an_address_is_no_longer_counted_those_who_waited_for_it_go_on() -> None:
+    world = World(known="k l")
+    await world.call("a", TWO, "l")
+    assert await meet(world, TWO, THRESHOLD, "k")
+    await asyncio.sleep(NAMED_FOR)
+    answered_late = await world.granted(TWO, "l")
+    answered_late.sent()
+    await asyncio.sleep(5.0)
+    not_yet_sent = await world.granted(TWO, "l")
+    began = world.now
+    waits = world.begin("k", TWO, "k")
+    await asyncio.sleep(1.0)
+    assert world.state == (1, 2)
+    answered_late.answered(Response(200, ()))
+    await waits
+    assert world.now == pytest.approx(began + 1.0)
+    answered_late.close()
+    not_yet_sent.close()
+    world.assert_idle()
+
+
 async def test_keys_are_not_lumped_together_where_the_settings_say_that_the_key_counts() -> None:
     world = World(known="k l", scope="key")
     await world.call("a", TWO, "l")
@@ -514,6 +565,7 @@ async def test_keys_are_not_lumped_together_where_the_settings_say_that_the_key_
         (INVITE, refused()),
         (TWO, Response(404, ())),
         (TWO, Response(503, ())),
+        (TWO, Response(500, ())),
     ],
 )
 async def test_what_waiting_does_not_solve_shuts_nothing(route: Route, response: Response) -> None:
@@ -548,11 +600,21 @@ async def test_a_call_whose_answer_was_lost_counts_as_sent_and_one_never_sent_co
     assert world.times == pytest.approx([0.0, 20.0])
 
 
-async def test_rate_headers_of_the_account_hold_all_its_routes_but_not_for_long() -> None:
+async def test_rate_headers_that_are_nobodys_hold_this_route_but_not_for_long_and_no_other() -> None:
     world = World()
     headers = (("X-RateLimit-Limit", "50"), ("X-RateLimit-Remaining", "0"), ("X-RateLimit-Reset", str(NOON + 3600.0)))
     assert not await meet(world, FREE[0], Response(200, headers))
-    assert shut(world, FREE[1]) == {"account": 10.0}
+    assert shut(world, FREE[0]) == {"route": 10.0}
+    assert shut(world, FREE[1]) == {}
+
+
+async def test_rate_headers_that_fit_what_is_known_of_the_account_hold_all_its_routes() -> None:
+    world = World()
+    learned = {"known": True, "interval": 3.0, "capacity": 5, "learned_at": NOON}
+    world.admission.restore({"k api account": learned})
+    headers = (("X-RateLimit-Limit", "5"), ("X-RateLimit-Remaining", "0"))
+    assert not await meet(world, FREE[0], Response(200, headers))
+    assert shut(world, FREE[1]) == {"account": 3.0}
 
 
 async def test_rate_headers_of_the_routes_own_bucket_hold_no_other_route() -> None:
@@ -753,8 +815,10 @@ async def test_that_an_address_is_counted_survives_a_restart() -> None:
 
 async def test_what_nobody_has_asked_for_since_the_start_is_kept_for_the_next() -> None:
     world = World(known="")
-    kept = {"k api GET /two/": {"interval": 5.0, "learned_at": NOON}, "x": {"odd": 1}}
-    world.admission.restore(kept | {"broken": 5})
+    kept = {"k api GET /two/": {"interval": 5.0, "learned_at": NOON, "seen": NOON - 3600.0}}
+    gone = {"l api GET /two/": {"interval": 5.0, "learned_at": NOON, "seen": NOON - 30 * 86400.0}}
+    broken = {"x": 5, "y": {"seen": "long ago"}, "z": {"seen": None}}
+    world.admission.restore(kept | gone | broken)
     assert world.admission.dump() == kept
 
 

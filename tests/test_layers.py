@@ -28,6 +28,7 @@ MAY_IMPORT = {
 }
 FOREIGN = {
     "admission": {"aiolimiter"},
+    "pipeline": {"cachetools"},
     "settings": {"pydantic", "pydantic_core", "yaml"},
     "store": {"cachetools"},
     "server": {"aiohttp", "cachetools", "multidict", "yarl"},

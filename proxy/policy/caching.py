@@ -112,8 +112,8 @@ def may_share(route: Route, request: Request) -> bool:
     return not any(name.lower() in _CONDITIONAL for name, _ in request.headers)
 
 
-def question(route: Route, request: Request, caller: Caller, rules: CacheRules) -> str:
-    """The key of what is asked, by whom: equal for requests that must get equal answers, epochs apart.
+def question(route: Route, request: Request, caller: Caller, rules: CacheRules, origin: str = "") -> str:
+    """The key of what is asked, by whom, of which origin: equal where answers must be equal, epochs apart.
 
     Sees through key order in JSON, encodings of the query, a trailing slash, and the two spellings of an offer search.
     """
@@ -132,7 +132,7 @@ def question(route: Route, request: Request, caller: Caller, rules: CacheRules) 
         for name, value in request.headers
         if name.lower() not in _NEUTRAL and (name.lower(), value) != ("accept", "*/*")
     )
-    parts = json.dumps([who, route.upstream, method, target, kind, others], separators=(",", ":"))
+    parts = json.dumps([who, origin, route.upstream, method, target, kind, others], separators=(",", ":"))
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass") + b"\0" + body).hexdigest()[:40]
 
 
@@ -164,8 +164,10 @@ def _offer_search(method: str, target: str, raw: str, body: bytes, kind: str) ->
 
 # --- Epochs -----------------------------------------------------------------------------------------------------------
 
-EPOCH_FOR = 3 * 24 * 3600.0
-"""Seconds for which an epoch is remembered: longer than any stored answer lives."""
+LONGEST_LIFE = 14 * 24 * 3600.0
+"""Seconds that a stored answer lives at most, whatever the settings say."""
+EPOCH_FOR = 2 * LONGEST_LIFE
+"""Seconds for which an epoch is remembered: longer than any stored answer lives, so that none comes back to life."""
 
 
 def epochs_of_read(route: Route, caller: Caller, rules: CacheRules) -> tuple[str, ...]:
@@ -207,7 +209,8 @@ def lifetimes(family: Family, rules: CacheRules) -> tuple[float, float]:
     """Seconds for which an answer of this family is fresh, and for how much longer it may serve stale."""
     ttl = rules.search_ttl if family.ttl is None else family.ttl
     stale_for = rules.stale_for if family.stale_for is None else family.stale_for
-    return ttl, stale_for
+    ttl = min(ttl, LONGEST_LIFE)
+    return ttl, min(stale_for, LONGEST_LIFE - ttl)
 
 
 def fresh(age: float, ttl: float, asked: Directives) -> bool:

@@ -86,7 +86,8 @@ class Rate:
 
 _THRESHOLD = re.compile(r"endpoint threshold=([0-9]+(?:\.[0-9]+)?)(?:\*([0-9]+(?:\.[0-9]+)?))?")
 _TFA_CODES = frozenset({"tfa_locked", "sms_rate_limited", "preauth_phone_cap", "twilio_rate_limited"})
-_LONGEST_HINT = 24 * 3600.0
+_LONGEST_HINT = 3600.0
+"""Seconds that one answer can shut a bucket: after that a call shows whether it is still so."""
 _LONGEST_THRESHOLD = 3600.0
 
 
@@ -381,7 +382,8 @@ class Bucket:
             return send.gap < 2 * self.interval * self.capacity
         if self.shortest_accepted is not None and send.gap >= self.shortest_accepted * (1 - 1e-9) and send.clean:
             return False
-        return send.gap < 2 * max(self.interval, DEFAULT_INTERVAL if self.base.source == "default" else 0.0)
+        unknown = self.base.source == "default" or self.interval == 0
+        return send.gap < 2 * max(self.interval, DEFAULT_INTERVAL if unknown else 0.0)
 
     def accepted(self, send: Send, now: float) -> None:
         """That call was not refused: whatever else came of it, its spacing was enough."""
@@ -405,13 +407,15 @@ class Bucket:
         send.accepted = False
         self.refused_in_row += 1
         self.uncharged += 1
+        believed = self.interval
         if self.capacity > 1:
             self._learn_capacity(hint, now)
         elif hint.threshold is not None:
             self._learn_named(send, hint.threshold, now)
-        else:
+        elif self.explains(send) or (self.refused_in_row > 1 and hint.retry_after is None):
             self._learn_gap(send, hint, now)
-        wait = self.spacing
+        # Else it had been left alone for long enough: that tells nothing of how long enough is.
+        wait = self.spacing or DEFAULT_INTERVAL
         if hint.threshold is not None:
             wait = max(wait, hint.threshold)
         if hint.retry_after is not None:
@@ -422,8 +426,8 @@ class Bucket:
             wait += self.uncharged * self.base.penalty * self.spacing
             self.uncharged = 0
             self.correction = "429s in a row: the documented penalty was charged"
-        elif self.refused_in_row > 1 and (self.shortest_accepted is not None or hint.threshold is not None):
-            # The interval is known and was kept, so there is a debt: a penalty that nobody documented.
+        elif self.refused_in_row > 1 and self.interval <= believed:
+            # No longer interval was learned from it, so there is a debt: a penalty that nobody documented.
             wait *= 2.0 ** min(self.refused_in_row - 1, 6)
         self.shut(now + max(wait, EPSILON))
 
@@ -494,7 +498,7 @@ class Bucket:
             return  # one refusal may be somebody else's doing; the answer to the next call will show
         # A documented interval is seldom far off, a default one may be anything.
         guess = believed * (1.25 if self.base.source == "documented" and self.refused_in_row == 1 else 2.0)
-        if send.clean and hint.retry_after is not None:
+        if send.clean and hint.retry_after is not None and self.base.interval > 0:
             guess = send.gap + hint.retry_after
         self._interval = min(guess, max(LONGEST_GUESS, self.base.interval))
         self._named = False
@@ -515,6 +519,12 @@ class Bucket:
 
     def _learned(self, now: float, why: str, *, named: bool) -> None:
         self._learned_at, self._named, self.correction = now, named, why
+
+    def always(self, enforced: bool) -> None:
+        """Whether it counts by the settings alone; one that was proved right goes on counting."""
+        proved = self.enforced and not self._always
+        self._always = enforced
+        self.enforced = enforced or proved
 
     def enforce(self, now: float) -> None:
         """A shadow proved right: from now on it is kept, for as long as what a vendor names is believed."""
@@ -569,8 +579,8 @@ class Bucket:
         if learned_at is None or learned_at > wall + 60:
             return
         interval, capacity = _number(kept.get("interval")), _number(kept.get("capacity"))
-        self._interval = min(interval, 3600.0) if interval is not None else None
-        self._capacity = max(1, int(capacity)) if capacity else None
+        self._interval = min(interval, 3600.0) if interval else None
+        self._capacity = min(max(1, int(capacity)), 1000) if capacity else None
         self._learned_at = now - (wall - learned_at)
         self.enforced = self._always or kept.get("enforced") is True
         self._named = kept.get("named") is True

@@ -128,7 +128,5 @@ class Exchange:
     """Seconds spent at upstream, all attempts together."""
     total: float = 0.0
     bytes_out: int = 0
-    waiting: bool = True
-    """Not at upstream at this moment, and not answered."""
     left: bool = False
     """The client went away before it was answered."""

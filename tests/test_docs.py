@@ -1,0 +1,185 @@
+"""What README and docs say is true: commands, settings, codes, links."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from proxy.__main__ import _parser
+from proxy.settings import CONFIG_VARIABLE, PREFIX, known_keys, load
+
+CHECKOUT = Path(__file__).parent.parent
+START = "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/vast-proxy serve"
+TESTS = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest"
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_CODES = re.compile(r"^\| Code \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+def text_of(page: Path) -> str:
+    return page.read_text("utf-8")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of every fenced block."""
+    return [(match[1], match[2]) for match in _FENCE.finditer(text_of(page))]
+
+
+def spans(page: Path) -> list[str]:
+    """Everything between backticks, outside of blocks."""
+    return _SPAN.findall(_FENCE.sub("", text_of(page)))
+
+
+def code(page: Path) -> list[str]:
+    """Every line that somebody might type or look for: spans, and the lines of blocks with continued ones joined."""
+    lines = [line for _, block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+    return [*spans(page), *lines]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(CHECKOUT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [START, TESTS])
+def test_readme_gives_the_two_commands_word_for_word_as_a_block_of_their_own(command: str) -> None:
+    assert ("sh", f"{command}\n") in blocks(CHECKOUT / "README.md")
+
+
+def _subcommands() -> dict[str, argparse.ArgumentParser]:
+    for action in _parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("no subcommands")
+
+
+@each_page
+def test_every_subcommand_and_flag_that_a_page_mentions_exists(page: Path) -> None:
+    known = _subcommands()
+    for line in code(page):
+        for mention in re.finditer(r"\bvast-proxy ([a-z][a-z-]*)((?: [^|&;#`]*)?)", line):
+            assert mention[1] in known, f"{name_of(page)}: {line}"
+            flags = {flag for action in known[mention[1]]._actions for flag in action.option_strings}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", mention[2])) <= flags, f"{name_of(page)}: {line}"
+
+
+def test_readme_mentions_every_subcommand() -> None:
+    said = text_of(CHECKOUT / "README.md")
+    assert [name for name in _subcommands() if f"vast-proxy {name}" not in said] == []
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+KEYS = {".".join(str(part) for part in key) for key in known_keys()}
+VARIABLES = {PREFIX + key.upper().replace(".", "__") for key in KEYS} | {CONFIG_VARIABLE}
+
+
+@each_page
+def test_every_yaml_block_is_a_settings_file_that_loads(page: Path, tmp_path: Path) -> None:
+    for number, (language, block) in enumerate(blocks(page)):
+        if language in ("yaml", "yml"):
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(block, "utf-8")
+            load(file, {}, {})
+
+
+def test_readme_shows_a_route_of_ones_own() -> None:
+    assert any(language == "yaml" and "routes:" in block for language, block in blocks(CHECKOUT / "README.md"))
+
+
+@each_page
+def test_every_setting_that_a_page_mentions_exists(page: Path) -> None:
+    sections = {key.partition(".")[0] for key in KEYS if "." in key}
+    for span in spans(page):
+        found = re.fullmatch(r"([a-z]+)(\.[a-z_]+)+(:.*)?", span)
+        if found and found[1] in sections:
+            assert span.partition(":")[0] in KEYS, f"{name_of(page)}: {span}"
+
+
+@each_page
+def test_every_variable_that_a_page_mentions_exists(page: Path) -> None:
+    assert set(re.findall(rf"\b{PREFIX}\w+", text_of(page))) <= VARIABLES
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "docker-compose.yml"])
+def test_every_variable_of_the_image_exists(file: str) -> None:
+    assert set(re.findall(rf"\b{PREFIX}\w+", text_of(CHECKOUT / file))) <= VARIABLES
+
+
+# --- Codes of our own errors ------------------------------------------------------------------------------------------
+
+
+def _codes_in(tree: ast.AST) -> Iterator[str]:
+    """The second argument of every Refusal, the value of every "error" in a literal, and of every `….code = "…"`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="Refusal"), args=[_, ast.Constant(value=str(found)), *_]):
+                yield found
+            case ast.Dict(keys=keys, values=values):
+                for key, value in zip(keys, values, strict=True):
+                    match key, value:
+                        case ast.Constant(value="error"), ast.Constant(value=str(found)):
+                            yield found
+            case ast.Assign(targets=[ast.Attribute(attr="code")], value=ast.Constant(value=str(found))):
+                yield found
+
+
+@cache
+def codes_in_the_code() -> frozenset[str]:
+    files = (CHECKOUT / "proxy").rglob("*.py")
+    return frozenset(found for file in files for found in _codes_in(ast.parse(file.read_text("utf-8"))))
+
+
+def codes_in_the_pages() -> set[str]:
+    """The first column of every table of codes."""
+    rows = [row for page in PAGES for table in _CODES.findall(text_of(page)) for row in table.splitlines()]
+    return {found[1] for row in rows if (found := re.match(r"\| `([a-z_]+)` \|", row))}
+
+
+def test_every_code_of_an_error_of_ours_is_explained() -> None:
+    assert {"outcome_unknown", "queue_full", "internal_error", "not_found", "broken_off"} <= codes_in_the_code()
+    assert codes_in_the_code() - codes_in_the_pages() == set()
+
+
+def test_every_code_that_is_explained_can_occur() -> None:
+    assert codes_in_the_pages() - codes_in_the_code() == set()
+
+
+# --- Links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_link_inside_the_project_leads_somewhere(page: Path) -> None:
+    for link in _LINK.findall(text_of(page)):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{name_of(page)}: {link}"
+            assert not anchor or anchor in anchors(target), f"{name_of(page)}: {link}"
+
+
+@each_page
+def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
+    for line in code(page):
+        for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|docs|proxy)/[\w./-]+\.\w+", line):
+            assert (CHECKOUT / name).is_file(), f"{name_of(page)}: {name}"
