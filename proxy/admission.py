@@ -20,6 +20,7 @@ from aiolimiter import AsyncLimiter
 
 from .clock import Clock
 from .policy.errors import Refusal
+from .policy.identity import Caller
 from .policy.limiting import (
     DEFAULT_INTERVAL,
     EPSILON,
@@ -645,13 +646,12 @@ class Admission:
 
     def _bucket(self, key: tuple[str, str, str], base: Rate, *, enforced: bool) -> Bucket:
         bucket = self._buckets.get(key)
-        if bucket is not None:
-            bucket.always(enforced)
-        else:
+        if bucket is None:
             bucket = self._buckets[key] = Bucket(base, self.limits.margin, enforced=enforced)
             kept = self._restored.pop(" ".join(key), None)
             if kept is not None:
                 bucket.load(kept, self.clock.now(), self.clock.wall())
+        bucket.always(enforced, forget=self.limits.scope == "key")
         return bucket
 
     def _restore_account(self, key: str, account: Account) -> None:
@@ -728,7 +728,7 @@ class Admission:
 def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -> dict[str, Any]:
     due = bucket.due(now)
     return {
-        "credential": who[:8],
+        "credential": Caller(who).label,
         "upstream": upstream,
         "route": template,
         "interval": round(bucket.interval, 4),
@@ -743,7 +743,6 @@ def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -
 
 def too_long(queue: _Queue, wait: float, bound: float) -> Refusal:
     """Refused at once, or at the deadline: the turn will not come in time."""
-    msg = (
-        f"The turn of {queue.key[2]} would come in about {max(0.0, wait):.0f} s, later than it may wait; come back then"
-    )
-    return Refusal(429, "wait_too_long", msg, max(1.0, wait - max(0.0, bound)))
+    later = max(1.0, wait - max(0.0, bound))
+    msg = f"The turn of {queue.key[2]} is about {max(0.0, wait):.0f} s away, later than it may wait (queue.max_wait); "
+    return Refusal(429, "wait_too_long", f"{msg}try again in {math.ceil(later)} s", later)

@@ -241,9 +241,12 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     except BaseException:
         await app.upstream.close()
         raise
-    url = f"http://{app.address}"
-    print(f"vast-proxy {__version__} listens on {url} for {settings.upstreams.api}", flush=True)
-    print(f"Point clients at it:  export VAST_URL={url}", flush=True)
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    everywhere = app.address.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+    url = f"http://{Listen('127.0.0.1', app.address.port) if everywhere else app.address}"
+    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
+    elsewhere = "   (elsewhere: this machine's name)" if everywhere else ""
+    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
 

@@ -119,7 +119,14 @@ class _Journey:
 _NOBODY = Refusal(500, "outcome_unknown", "given up: nobody waits for it any more")
 
 
-Watch = Callable[[Flight[Fetched]], None]
+class Progress(Protocol):
+    """How far the call is that somebody waits for."""
+
+    busy: bool
+    """It is past waiting: its answer may come at any moment."""
+
+
+Watch = Callable[[Progress], None]
 
 
 class Pipeline:

@@ -21,8 +21,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from cachetools import LRUCache
 
 from .clock import Clock
-from .coalescer import Flight
-from .pipeline import Pipeline, Understood
+from .pipeline import Pipeline, Progress, Understood
 from .policy.errors import Refusal, UpstreamError
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
 from .settings import ServerRules
@@ -150,6 +149,7 @@ class Server(web.Server):
             task = asyncio.current_task()
             if not hold.over or task is None or task.uncancel() > 0:
                 raise
+            exchange.queued = self._clock.now() - began
             msg = f"{known.route.name} is still waiting for its turn; ask again and it goes on"
             raise Refusal(429, "still_queued", msg, 1) from None
         finally:
@@ -167,7 +167,7 @@ class _Hold:
         self._clock = clock
         self._known = known
         self._transport = transport
-        self._flight: Flight[Any] | None = None
+        self._flight: Progress | None = None
         self._task = asyncio.current_task()
         self._end = began + known.patience
         self._next = began + known.settings.queue.heartbeat if known.beat else self._end
@@ -175,7 +175,7 @@ class _Hold:
         """It ended the wait, not the client."""
         self._timer = clock.call_at(min(self._next, self._end), self._tick)
 
-    def watch(self, flight: Flight[Any]) -> None:
+    def watch(self, flight: Progress) -> None:
         """The call that the client waits for from now on."""
         self._flight = flight
 

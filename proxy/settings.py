@@ -86,7 +86,7 @@ class UpstreamRules:
     keepalive: Seconds = 15.0
     """How long an idle connection to upstream is kept."""
     max_connections: Count = 100
-    """Connections to all upstreams together."""
+    """Calls in flight to each upstream, and so connections to it."""
 
 
 @dataclass(frozen=True, slots=True)

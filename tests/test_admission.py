@@ -55,10 +55,10 @@ class CountingClock(Clock):
         self.fired = 0
         self.handles: list[asyncio.TimerHandle] = []
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+    def call_at(self, when: float, callback: Callable[..., object], *arguments: object) -> asyncio.TimerHandle:
         def fire() -> None:
             self.fired += 1
-            callback()
+            callback(*arguments)
 
         self.handles.append(super().call_at(when, fire))
         return self.handles[-1]

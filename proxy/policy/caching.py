@@ -219,7 +219,7 @@ def fresh(age: float, ttl: float, asked: Directives) -> bool:
         return False
     if asked.max_age is not None and age > asked.max_age:
         return False
-    return age < ttl
+    return age < ttl + (asked.max_stale or 0.0)
 
 
 _FAILED = re.compile(rb'"success"\s*:\s*false')

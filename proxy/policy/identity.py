@@ -24,7 +24,7 @@ class Caller:
     @property
     def label(self) -> str:
         """Short enough for a log line."""
-        return self.credential[:8]
+        return self.credential if self.credential == ANONYMOUS else self.credential[:8]
 
 
 def identify(request: Request) -> Caller:

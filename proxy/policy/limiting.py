@@ -32,6 +32,8 @@ SETTLED = 0.12
 SETTLED_IF_DOCUMENTED = 0.25
 """The same where the vendor gave a number: it is seldom far off, and each further refusal costs more than it tells."""
 LONGEST_GUESS = 120.0
+SURPRISED_FOR = 600.0
+"""Seconds within which two refusals that the count does not explain show that the capacity is believed too large."""
 MARGIN_STEP, MARGIN_MAX, MARGIN_DECAY = 0.02, 0.5, 0.02
 LONGEST_HEADER_BLOCK = 10.0
 """Seconds: what a header on an accepted answer may shut at most; it does not say which layer it speaks of."""
@@ -256,6 +258,7 @@ class Bucket:
         "_learned_at",
         "_named",
         "_raise",
+        "_surprised_at",
         "_surprises",
         "base",
         "base_margin",
@@ -292,6 +295,7 @@ class Bucket:
         self.refused_in_row = 0
         self.uncharged = 0
         self._surprises = 0
+        self._surprised_at = -math.inf
         self._raise: tuple[float, float, int, int, float, int] | None = None
 
     def __repr__(self) -> str:
@@ -469,7 +473,8 @@ class Bucket:
             self.correction = f"the vendor named the {threshold:g} s we keep: margin {self.margin:.0%}"
 
     def _learn_capacity(self, hint: Hint, now: float) -> None:
-        self._surprises += 1
+        self._surprises = self._surprises + 1 if now - self._surprised_at < SURPRISED_FOR else 1
+        self._surprised_at = now
         if hint.threshold is not None and hint.threshold > self.interval * 1.001:
             self._interval = hint.threshold
             self._learned(now, f"the vendor named {hint.threshold:g} s", named=True)
@@ -520,9 +525,9 @@ class Bucket:
     def _learned(self, now: float, why: str, *, named: bool) -> None:
         self._learned_at, self._named, self.correction = now, named, why
 
-    def always(self, enforced: bool) -> None:
-        """Whether it counts by the settings alone; one that was proved right goes on counting."""
-        proved = self.enforced and not self._always
+    def always(self, enforced: bool, *, forget: bool) -> None:
+        """Whether it counts by the settings alone; one that was proved right goes on counting, unless to `forget`."""
+        proved = self.enforced and not self._always and not forget
         self._always = enforced
         self.enforced = enforced or proved
 
