@@ -75,6 +75,8 @@ class Understood:
     """The key of what is asked, epochs apart; None: neither stored nor shared."""
     epochs: tuple[str, ...]
     """Those in whose light an answer to it is valid."""
+    lifetime: tuple[float, float] | None
+    """Seconds for which an answer is fresh, and for how much longer it may serve; None: never stored."""
     beat: bytes
     """The interim answer that keeps this client waiting; empty: none."""
     patience: float
@@ -113,7 +115,7 @@ class _Journey:
     def may_keep(self) -> bool:
         """Once it is sent it is finished: a write always, a read if its answer can be stored."""
         route = self.known.route
-        return not route.is_read or (self.known.question is not None and route.family is not None)
+        return not route.is_read or self.known.lifetime is not None
 
 
 _NOBODY = Refusal(500, "outcome_unknown", "given up: nobody waits for it any more")
@@ -161,18 +163,20 @@ class Pipeline:
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
         epochs = caching.epochs_of_read(route, caller, settings.cache)
-        return Understood(settings, request, caller, route, asked, question, epochs, beat, patience)
+        stored = question is not None and route.family is not None
+        lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
+        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience)
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
-        exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect.value
+        exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
         if route.refused:
             raise Refusal(403, "not_for_clients", f"{route.name} is for workers inside instances, not for this proxy")
-        if known.question is not None and route.family is not None:
+        if known.lifetime is not None:
             frozen = await self.store.get(await self._key(known))
             if frozen is not None:
-                ttl, _ = caching.lifetimes(route.family, known.settings.cache)
+                ttl = known.lifetime[0]
                 stored = caching.thaw(frozen)
                 age = self.clock.now() - stored.born
                 if caching.fresh(age, ttl, asked):
@@ -384,8 +388,8 @@ class Pipeline:
             fetched.outcome = Response(200, stale.stored.headers(), stale.stored.body)
             fetched.cache, fetched.ttl = CacheStatus.STALE, -stale.since
             fetched.age = self.clock.now() - stale.stored.born
-        elif fetched.stored and journey.known.route.family is not None:
-            fetched.ttl, _ = caching.lifetimes(journey.known.route.family, journey.known.settings.cache)
+        elif fetched.stored and journey.known.lifetime is not None:
+            fetched.ttl = journey.known.lifetime[0]
         return fetched
 
     # --- What is remembered -------------------------------------------------------------------------------------------
@@ -396,9 +400,10 @@ class Pipeline:
         return f"{known.question}@{caching.names(values)}"
 
     async def _keep(self, journey: _Journey, key: str, response: Response, born: float) -> None:
-        family = journey.known.route.family
+        family, lifetime = journey.known.route.family, journey.known.lifetime
         assert family is not None
-        ttl, stale_for = caching.lifetimes(family, journey.known.settings.cache)
+        assert lifetime is not None
+        ttl, stale_for = lifetime
         await self.store.set(key, caching.freeze(response, born), ttl + stale_for)
         if family.market and stale_for > 0:
             await self.store.set(f"latest:{journey.known.question}", key.encode(), ttl + stale_for)
@@ -406,11 +411,9 @@ class Pipeline:
     async def _stale(self, known: Understood) -> _Stale | None:
         """An answer past its time, or for the market from an earlier epoch."""
         family = known.route.family
-        if family is None:
+        if family is None or known.lifetime is None or known.lifetime[1] <= 0:
             return None
-        ttl, stale_for = caching.lifetimes(family, known.settings.cache)
-        if stale_for <= 0:
-            return None
+        ttl, stale_for = known.lifetime
         frozen = await self.store.get(await self._key(known))
         current = frozen is not None
         if frozen is None and family.market:

@@ -84,10 +84,9 @@ class Server(web.Server):
         # An upgrade is declined. After a chunked body, aiohttp's C parser takes its trailer for part of the next head.
         last = request._message.upgrade or request._message.chunked
         try:
-            raw_target = request._message.path
-            if raw_target.startswith(OURS) and (len(raw_target) == len(OURS) or raw_target[len(OURS)] in "/?"):
+            if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
-                response = self._admin(request.method, raw_target)
+                response = self._admin(request.method, target)
                 exchange.status = response.status
                 return _Reply(response, request, b"")
             known = await self._understood(request)
@@ -258,6 +257,11 @@ def _target(request: web.BaseRequest) -> str:
     if len(headers.getall("Content-Length", ())) > 1 or len(headers.getall("Host", ())) > 1:
         raise _bad(400, "a header that must stand once stands twice")
     return raw
+
+
+def _is_ours(target: str) -> bool:
+    """/_proxy and all below it; every other path is Vast's own."""
+    return target.startswith(OURS) and (len(target) == len(OURS) or target[len(OURS)] in "/?")
 
 
 def _origin_form(raw: str, request: web.BaseRequest) -> str:

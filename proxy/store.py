@@ -12,6 +12,9 @@ _OVERHEAD = 200
 """Bytes that an entry costs beside its key and value: objects, links, dictionary slots."""
 
 
+_NOTHING = (b"", 0.0)
+
+
 class Store(Protocol):
     """A memory. What is `set` may be forgotten to make room; what is `swap`ped may not, until its time is over."""
 
@@ -39,6 +42,10 @@ class _Bytes(TLRUCache[str, tuple[bytes, float]]):
             getsizeof=lambda value: len(value[0]) + _OVERHEAD,
         )
         self.evictions = 0
+
+    def __missing__(self, key: str) -> tuple[bytes, float]:
+        # An exception for each of the many questions after an epoch that never ended would cost more than the answer.
+        return _NOTHING
 
     def popitem(self) -> tuple[str, tuple[bytes, float]]:
         self.evictions += 1
@@ -84,10 +91,8 @@ class MemoryStore:
         kept = self._kept.get(key)
         if kept is not None:
             return kept[0] if kept[1] > self._clock.now() else None
-        try:
-            return self._cache[key][0]
-        except KeyError:
-            return None
+        stored = self._cache[key]
+        return stored[0] if stored is not _NOTHING else None
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         if ttl <= 0:

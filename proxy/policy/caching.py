@@ -243,7 +243,7 @@ def may_store(route: Route, response: Response) -> bool:
     return not (route.family.name == "instances" and _NO_INSTANCES.search(plain))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
     """A stored response: when the request that fetched it was sent, its head as it goes on the wire, its body."""
 

@@ -432,7 +432,8 @@ class Bucket:
             self.correction = "429s in a row: the documented penalty was charged"
         elif self.refused_in_row > 1 and self.interval <= believed:
             # No longer interval was learned from it, so there is a debt: a penalty that nobody documented.
-            wait *= 2.0 ** min(self.refused_in_row - 1, 6)
+            # Twice the gap that was not enough, and not more: the guesses before it may have grown long already.
+            wait = min(wait * 2.0 ** min(self.refused_in_row - 1, 6), max(wait, 2 * send.gap))
         self.shut(now + max(wait, EPSILON))
 
     def observe(self, send: Send, seen: RateHeaders, others: int, *, may_raise: bool) -> bool:

@@ -470,6 +470,13 @@ def test_no_penalty_keeps_a_line_refused_for_ever(form: Form, penalty: float) ->
     assert run.refused < 20
 
 
+@pytest.mark.parametrize("true", [3.0, 10.0])
+def test_no_guess_at_a_penalty_shuts_a_bucket_for_hours(true: float) -> None:
+    bucket = Bucket(Rate(1.0), 0.01)
+    run = Run(bucket, Vendor(true, penalty=12), 2)
+    assert run.ended - run.began < 3600.0
+
+
 @pytest.mark.parametrize("factor", [1.15, 1.18, 1.2, 1.22])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_documented_interval_that_is_too_short_costs_two_refusals_at_most(form: Form, factor: float) -> None:
