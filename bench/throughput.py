@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 BODY = json.dumps({"instances": {"id": 1, "start_date": 1.0, "extra_env": [], "filler": "x" * 2300}}).encode()
@@ -57,9 +57,10 @@ async def upstream(port: int) -> None:
 
 
 async def plain(port: int, upstream_url: str | None) -> None:
-    """The plainest handler: passes on with a ClientSession, or answers from a dictionary."""
+    """The plainest handler: passes on with a ClientSession, headers both ways, or answers from a dictionary."""
     import aiohttp
     from aiohttp import web
+    from multidict import CIMultiDict
 
     app = web.Application()
     if upstream_url is None:
@@ -70,15 +71,18 @@ async def plain(port: int, upstream_url: str | None) -> None:
 
         app.router.add_route("*", "/{path:.*}", from_cache)
     else:
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
+        hop_by_hop = {"connection", "host", "keep-alive", "te", "transfer-encoding", "upgrade"}
+
+        def end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+            return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in hop_by_hop)
 
         async def pass_on(request: web.Request) -> web.Response:
-            headers = {name: value for name, value in request.headers.items() if name != "Host"}
             body = await request.read()
-            url = f"{upstream_url}{request.path_qs}"
+            url, headers = f"{upstream_url}{request.path_qs}", end_to_end(request.headers)
             async with session.request(request.method, url, headers=headers, data=body or None) as answer:
                 return web.Response(
-                    status=answer.status, body=await answer.read(), content_type=answer.headers["Content-Type"]
+                    status=answer.status, body=await answer.read(), headers=end_to_end(answer.headers)
                 )
 
         app.router.add_route("*", "/{path:.*}", pass_on)

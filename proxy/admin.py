@@ -9,6 +9,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from .policy.messages import CacheStatus, Exchange, Response
@@ -86,6 +87,7 @@ class AccessLog:
         self._wall = wall
         self._stream = stream if stream is not None else sys.stderr
         self._lines: list[str] = []
+        self._now, self._date = 0.0, ""
         self.configure(level, form)
 
     def configure(self, level: str, form: str) -> None:
@@ -98,6 +100,8 @@ class AccessLog:
         if self._on and exchange.effect != "admin":
             if not self._lines:
                 asyncio.get_running_loop().call_soon(self.flush)
+                self._now = self._wall()
+                self._date = clock_text(self._now)
             self._lines.append(self._write(exchange))
 
     def flush(self) -> None:
@@ -115,7 +119,7 @@ class AccessLog:
         if exchange.left:
             end += " left"
         return (
-            f"{clock_text(self._wall())} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
+            f"{self._date} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
             f"status={exchange.status} cache={cache} queued={exchange.queued * 1000:.0f}ms "
             f"upstream={exchange.upstream * 1000:.0f}ms attempts={exchange.attempts}{end}\n"
         )
@@ -124,7 +128,7 @@ class AccessLog:
         return (
             json.dumps(
                 {
-                    "at": round(self._wall(), 3),
+                    "at": round(self._now, 3),
                     "event": "exchange",
                     "method": exchange.method,
                     "route": exchange.route,
@@ -147,18 +151,9 @@ class AccessLog:
         )
 
 
-_second: tuple[int, str] = (0, "")
-
-
 def clock_text(wall: float) -> str:
-    """ISO 8601 in UTC with milliseconds; the part to the second is made once a second."""
-    global _second  # noqa: PLW0603 - a cache of one entry
-    whole = int(wall)
-    if _second[0] != whole:
-        from datetime import UTC, datetime
-
-        _second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
-    return f"{_second[1]}.{int((wall - whole) * 1000):03d}Z"
+    """ISO 8601 in UTC with milliseconds."""
+    return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 class Events(logging.Formatter):

@@ -70,7 +70,7 @@ class Account:
     __slots__ = ("bucket", "in_flight", "waiting", "window")
 
     def __init__(self, margin: float) -> None:
-        self.bucket = Bucket(Rate(0.0), margin)
+        self.bucket = Bucket(Rate(0.0), margin, pooled=True)
         self.in_flight = 0
         self.waiting = 0
         # One call, doubled with each answer that is not a 429: a limit not yet known is met by one call, not by thirty.
@@ -220,8 +220,9 @@ class Ticket:
         """The request's bytes go out now: the buckets' clocks start here. Further calls change nothing."""
         if self.sends is None and not self._done:
             now = self._admission.clock.now()
-            route, shared, account = (bucket.stamp(now) for bucket in self._queue.buckets)
-            self.send, self.sends = route, (route, shared, account)
+            route, shared, account = self._queue.buckets
+            self.send = route.stamp(now)
+            self.sends = (self.send, shared.stamp(now), account.stamp(now))
             self._admission.changed(self._origin, self._queue)
 
     def answered(self, response: Response) -> Answered:
@@ -244,7 +245,7 @@ class Ticket:
         elif self.send is not None and self.send.accepted is None:
             # No answer came, but none came at once either, as refusals do: its spacing is not in doubt.
             for send in self.sends:
-                send.accepted = True
+                send.settle(True)
         self._admission.changed(self._origin, self._queue)
 
 
@@ -527,7 +528,7 @@ class Admission:
         """Whose 429 was it: the route's, the route's for all keys together, or the account's?"""
         route, shared, account = sends
         for send in sends:
-            send.accepted = True  # but for the one that is to blame
+            send.settle(True)  # but for the one that is to blame
         others_called = shared.gap < route.gap and shared.gap < queue.shared.interval
         if queue.shared.enforced:
             queue.shared.refused(shared, hint, now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from cachetools import TTLCache
@@ -26,6 +26,10 @@ from .store import Store
 
 PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 """Kept places: of so many requests, so many of one, for so many seconds."""
+
+
+LARGEST_SEEN = 8 * 1024
+"""Bytes of a stored answer that may be kept with the request it answers."""
 
 
 class Sender(Protocol):
@@ -61,6 +65,16 @@ def _drop_rest(fetched: Fetched) -> None:
         fetched.outcome.rest.close()
 
 
+class _Seen:
+    """What the store held when it was last asked: as long as nothing in it changes, the same."""
+
+    __slots__ = ("generation", "stored")
+
+    def __init__(self) -> None:
+        self.generation: int | None = None
+        self.stored: Stored | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Understood:
     """A request and all that follows from it and the settings alone."""
@@ -81,6 +95,7 @@ class Understood:
     """The interim answer that keeps this client waiting; empty: none."""
     patience: float
     """Seconds for which it can be held."""
+    seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,7 @@ class Pipeline:
         self.upstream = upstream
         self.chance = chance
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
+        self._places_until = 0.0
         # Places given up unserved, kept a while for whoever comes back with the same request.
         self._places: TTLCache[str, deque[Turn]] = TTLCache(PLACES, PLACE_KEPT_FOR, timer=clock.now)
 
@@ -174,10 +190,17 @@ class Pipeline:
         if route.refused:
             raise Refusal(403, "not_for_clients", f"{route.name} is for workers inside instances, not for this proxy")
         if known.lifetime is not None:
-            frozen = await self.store.get(await self._key(known))
-            if frozen is not None:
+            seen, generation = known.seen, self.store.generation
+            if generation is None or seen.generation != generation:
+                frozen = await self.store.get(await self._key(known))
+                stored = caching.thaw(frozen) if frozen is not None else None
+                # Kept so only where it is small: what the store has pushed out must not live on here.
+                small = frozen is None or len(frozen) <= LARGEST_SEEN
+                seen.generation, seen.stored = (generation, stored) if small else (None, None)
+            else:
+                stored = seen.stored
+            if stored is not None:
                 ttl = known.lifetime[0]
-                stored = caching.thaw(frozen)
                 age = self.clock.now() - stored.born
                 if caching.fresh(age, ttl, asked):
                     exchange.cache, exchange.age, exchange.ttl = CacheStatus.HIT, age, ttl - age
@@ -236,7 +259,7 @@ class Pipeline:
 
     def _turn(self, known: Understood) -> Turn:
         """A new place in line, or the old one of the same request that left it unserved a moment ago."""
-        if self._places:
+        if self.clock.now() < self._places_until:
             left = self._places.get(_same(known))
             if left:
                 turn = left.popleft()
@@ -250,6 +273,7 @@ class Pipeline:
         places = self._places.get(same) or deque(maxlen=PLACES_OF_ONE)
         places.append(turn)
         self._places[same] = places
+        self._places_until = self.clock.now() + PLACE_KEPT_FOR
 
     def _told(self, fetched: Fetched, asked: Headers | None, exchange: Exchange, *, collapsed: bool) -> Response:
         """One member's view of what its flight brought. `asked`: its headers, if the answer is not for it alone."""

@@ -338,6 +338,7 @@ _HIT = (
     b"Age: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
     b'Server-Timing: queue;dur=0.0, upstream;dur=0.0, total;dur=%.1f, attempts;desc="0"\r\n'
 )
+_TIMING = b'Server-Timing: queue;dur=%.1f, upstream;dur=%.1f, total;dur=%.1f, attempts;desc="%d"\r\n'
 
 
 def _told(exchange: Exchange, total: float) -> bytes:
@@ -359,12 +360,9 @@ def _told(exchange: Exchange, total: float) -> bytes:
                 status += f"; stored; ttl={exchange.ttl or 0:.0f}"
         case _:
             status = "fwd=bypass" if exchange.effect in ("read", "search") else "fwd=method"
-    age = f"Age: {max(0.0, exchange.age):.0f}\r\n" if exchange.age is not None else ""
-    timing = (
-        f"queue;dur={exchange.queued * 1000:.1f}, upstream;dur={exchange.upstream * 1000:.1f}, "
-        f'total;dur={total * 1000:.1f}, attempts;desc="{exchange.attempts}"'
-    )
-    return f"{age}Cache-Status: vast-proxy; {status}\r\nServer-Timing: {timing}\r\n".encode("latin-1")
+    age = b"Age: %d\r\n" % max(0.0, exchange.age) if exchange.age is not None else b""
+    times = (exchange.queued * 1000, exchange.upstream * 1000, total * 1000, exchange.attempts)
+    return b"%bCache-Status: vast-proxy; %b\r\n%b" % (age, status.encode("latin-1"), _TIMING % times)
 
 
 def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: bytes, *, keep_alive: bool) -> bytes:
@@ -373,7 +371,7 @@ def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: b
     if response.head:
         lines.append(response.head)
     else:
-        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in response.headers]
+        lines.append("".join([f"{name}: {value}\r\n" for name, value in response.headers]).encode("latin-1"))
     lines.append(framing)
     lines.append(extra)
     if not keep_alive:

@@ -18,6 +18,9 @@ _NOTHING = (b"", 0.0)
 class Store(Protocol):
     """A memory. What is `set` may be forgotten to make room; what is `swap`ped may not, until its time is over."""
 
+    generation: int | None
+    """Another with every change; None for a memory that others change too, whose changes are not known here."""
+
     async def now(self) -> float:
         """The store's own time, in seconds, by which lifetimes count."""
 
@@ -60,6 +63,7 @@ class MemoryStore:
         self._cache = _Bytes(max_bytes, clock)
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._swept = clock.now()
+        self.generation: int | None = 0
 
     def __repr__(self) -> str:
         return f"<MemoryStore {self.entries} entries, {self.size}/{self.max_bytes} bytes>"
@@ -97,6 +101,7 @@ class MemoryStore:
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         if ttl <= 0:
             return
+        self._changed()
         try:
             self._cache[key] = (value, self._clock.now() + ttl)
         except ValueError:
@@ -107,16 +112,21 @@ class MemoryStore:
         kept = self._kept.get(key)
         if (kept[0] if kept is not None and kept[1] > now else None) != old:
             return False
+        self._changed()
         self._kept[key] = (new, now + ttl)
         if now - self._swept > 600:
             self._swept = now
             self._kept = {name: value for name, value in self._kept.items() if value[1] > now}
         return True
 
+    def _changed(self) -> None:
+        self.generation = (self.generation or 0) + 1
+
     def resize(self, max_bytes: int) -> None:
         """Another bound: what fits is taken over, the least recently used goes first."""
         if max_bytes == self.max_bytes:
             return
+        self._changed()
         before, self._cache = self._cache, _Bytes(max_bytes, self._clock)
         self._cache.evictions = before.evictions
         before.expire()

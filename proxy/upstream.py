@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextvars import ContextVar
+from functools import lru_cache
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import aiohttp
@@ -23,8 +24,8 @@ HOLD = 1024 * 1024
 """Bytes of an answer that are held until it is whole; a longer one is passed on as it comes."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
-# aiohttp would add these where the client sent none.
-_NOT_OURS = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+# aiohttp would add this where the client sent none.
+_NOT_OURS = CIMultiDict([("Content-Type", None)])
 # Set anew for each hop: Host and SNI are the upstream's, the length is that of the body as we hold it.
 _SET_ANEW = frozenset({"host", "content-length", "expect"})
 
@@ -47,6 +48,10 @@ class _Outgoing(aiohttp.ClientRequest):
 
     Tracing (`on_request_headers_sent`) tells the same, at a tenth of the whole cost of a call.
     """
+
+    def update_auto_headers(self, skip_auto_headers: Iterable[str] | None) -> None:
+        """Add nothing where the client sent nothing."""
+        self._skip_auto_headers = _NOT_OURS
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         attempt = _current.get()
@@ -75,7 +80,6 @@ class Upstream:
             ),
             max_line_size=65536,
             max_field_size=65536,
-            skip_auto_headers=_NOT_OURS,
             request_class=_Outgoing,
         )
         # aiohttp sends PUT and DELETE again by itself when a connection is lost: that would rent twice.
@@ -241,6 +245,7 @@ def _exact(url: str) -> URL:
     return exact
 
 
+@lru_cache(maxsize=512)
 def _fields(headers: Headers) -> CIMultiDict[str]:
     """What is passed on, a repeated name in its first spelling: aiohttp takes another spelling for a replacement."""
     spelt: dict[str, str] = {}

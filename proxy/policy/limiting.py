@@ -159,8 +159,11 @@ def read_refusal(headers: Headers, body: bytes, wall: float) -> Hint:
 
 def read_rate_headers(headers: Headers, wall: float) -> RateHeaders | None:
     """X-RateLimit-* of any answer, or None unless Limit and Remaining are there and are numbers."""
-    limit, remaining = _number(header(headers, "x-ratelimit-limit")), _number(header(headers, "x-ratelimit-remaining"))
-    if limit is None or remaining is None or limit < 1:
+    limit = _number(header(headers, "x-ratelimit-limit"))
+    if limit is None or limit < 1:
+        return None
+    remaining = _number(header(headers, "x-ratelimit-remaining"))
+    if remaining is None:
         return None
     reset = _number(header(headers, "x-ratelimit-reset"))
     reset_in = None
@@ -224,33 +227,44 @@ def _retry_after(value: str | None, headers: Headers, wall: float) -> float | No
 class Send:
     """One call that left: when, how long after the one before, and how it was received. Made by `Bucket.stamp`."""
 
-    __slots__ = ("accepted", "accepted_before", "at", "count", "previous")
+    __slots__ = ("_before", "_clean", "_previous", "accepted", "at", "count", "gap")
 
     def __init__(self, at: float, previous: Send | None, count: int) -> None:
         self.at = at
-        self.previous = previous
         self.count = count
+        """How many it is of its bucket's."""
         self.accepted: bool | None = None
-        # When the last call went out that was (or may have been) accepted.
-        self.accepted_before: float | None = None
-        if previous is not None:
-            self.accepted_before = previous.accepted_before if previous.accepted is False else previous.at
+        """Not refused; None: not known yet."""
+        self.gap = at - previous.at if previous is not None else math.inf
+        """Seconds since the call before it, whatever came of that."""
+        self._previous = previous
+        self._before: float | None = None
+        self._clean = False
 
     @property
-    def gap(self) -> float:
-        """Seconds since the call before it, whatever came of that."""
-        return self.at - self.previous.at if self.previous is not None else math.inf
+    def accepted_before(self) -> float | None:
+        """When the last call before it went out that was not refused; None: there was none, or it is not known yet."""
+        previous = self._previous
+        if previous is None or previous.accepted is None:
+            return self._before
+        return previous.at if previous.accepted else previous.accepted_before
 
     @property
     def clean(self) -> bool:
         """The call before it was accepted, so no debt of a refusal blurs what the gap shows."""
-        return self.previous is not None and self.previous.accepted is True
+        return self._clean if self._previous is None else self._previous.accepted is True
+
+    def settle(self, accepted: bool) -> None:
+        """What came of it is known. It holds on to no other call from here, or all would be kept in a chain."""
+        self._before, self._clean = self.accepted_before, self.clean
+        self.accepted, self._previous = accepted, None
 
 
 class Bucket:
     """One token bucket. Owns its clock, its debt, the calls granted but not yet sent, and what was learned of it."""
 
     __slots__ = (
+        "_accepted_since",
         "_always",
         "_capacity",
         "_interval",
@@ -258,6 +272,8 @@ class Bucket:
         "_learned_at",
         "_named",
         "_raise",
+        "_refused_at",
+        "_resumed_at",
         "_surprised_at",
         "_surprises",
         "base",
@@ -267,6 +283,7 @@ class Bucket:
         "longest_refused",
         "margin",
         "pending",
+        "pooled",
         "refused_in_row",
         "sends",
         "shortest_accepted",
@@ -274,12 +291,16 @@ class Bucket:
         "uncharged",
     )
 
-    def __init__(self, base: Rate, margin: float = 0.0, *, enforced: bool = True) -> None:
+    def __init__(self, base: Rate, margin: float = 0.0, *, enforced: bool = True, pooled: bool = False) -> None:
         self.base = base
         self.base_margin = self.margin = margin
         self.enforced = enforced
         """False: kept as a shadow, to see whether it would explain a refusal."""
+        self.pooled = pooled
+        """Many routes take from it and its capacity is not known: learned from counts, not from gaps."""
         self._always = enforced
+        self._refused_at = self._resumed_at = -math.inf
+        self._accepted_since = 0
         self.tat = -math.inf
         self.pending = 0
         self.sends = 0
@@ -364,15 +385,13 @@ class Bucket:
         """A granted call's bytes go out now: from here its interval counts."""
         self.pending -= 1
         self.sends += 1
-        self.tat = max(self.tat, now) + self.spacing
+        spacing = self.spacing
+        self.tat = max(self.tat, now) + spacing
         if not self.enforced:
             # A shadow holds nobody back, so it must not gather a debt that all would pay once it is proved right.
-            self.tat = min(self.tat, now + self.spacing * self.capacity)
-        self._last = Send(now, self._last, self.sends)
-        if self._last.previous is not None:
-            # Two calls back tell nothing more; without this the chain would grow for ever.
-            self._last.previous.previous = None
-        return self._last
+            self.tat = min(self.tat, now + spacing * self.capacity)
+        self._last = send = Send(now, self._last, self.sends)
+        return send
 
     def shut(self, until: float) -> None:
         """No call before `until`; then one, not as many as would have gathered."""
@@ -391,28 +410,39 @@ class Bucket:
 
     def accepted(self, send: Send, now: float) -> None:
         """That call was not refused: whatever else came of it, its spacing was enough."""
-        send.accepted = True
         self.refused_in_row = self.uncharged = 0
-        self.margin += (self.base_margin - self.margin) * MARGIN_DECAY
-        if self._learned_at + (NAMED_FOR if self._named else GUESSED_FOR) < now:
+        if self.margin != self.base_margin:
+            self.margin += (self.base_margin - self.margin) * MARGIN_DECAY
+        if -math.inf < self._learned_at < now - (NAMED_FOR if self._named else GUESSED_FOR):
             self._forget()
-        previous = send.previous
-        if self.longest_refused is None or self._named or self.capacity > 1 or previous is None:
+        send.settle(True)
+        if self.pooled:
+            if self._resumed_at < self._refused_at <= send.at:
+                self._resumed_at, self._accepted_since = send.at, 0
+            self._accepted_since += 1
             return
-        if previous.accepted is None or send.accepted_before is None:
-            return  # what came of the call before is not known: its gap shows nothing
-        gap = send.at - send.accepted_before
+        before = send.accepted_before
+        if self.longest_refused is None or self._named or self.capacity > 1 or before is None:
+            return
+        gap = send.at - before
         if gap > self.longest_refused and (self.shortest_accepted is None or gap < self.shortest_accepted):
             self.shortest_accepted = gap
             self._bisect(now, untried=not send.clean)
 
     def refused(self, send: Send, hint: Hint, now: float) -> None:
         """That call met a 429 of this bucket's: shut it for everybody until it may be used again, and learn."""
-        send.accepted = False
+        send.settle(False)
         self.refused_in_row += 1
         self.uncharged += 1
         believed = self.interval
-        if self.capacity > 1:
+        one_event = send.at <= self._refused_at  # sent before the last refusal was known: it tells nothing more
+        self._refused_at = now
+        if one_event:
+            self.refused_in_row -= 1
+        elif self.pooled:
+            if self.explains(send) or self.refused_in_row > 1:
+                self._learn_pool(send, hint, now)
+        elif self.capacity > 1:
             self._learn_capacity(hint, now)
         elif hint.threshold is not None:
             self._learn_named(send, hint.threshold, now)
@@ -487,6 +517,18 @@ class Bucket:
             self._surprises = 0
             self._learned(now, "refused twice although tokens should have been left", named=False)
 
+    def _learn_pool(self, send: Send, hint: Hint, now: float) -> None:
+        """What came through since the last refusal, and how long it took, bounds the interval from below."""
+        accepted, took = self._accepted_since, send.at - self._resumed_at
+        shown = took / accepted if accepted >= 3 and took < math.inf else 0.0
+        believed = self.interval
+        guess = shown * 1.02 if shown > believed else believed * (1.25 if accepted >= 3 else 2.0)
+        self._interval = min(max(guess, DEFAULT_INTERVAL), LONGEST_GUESS)
+        if hint.limit is not None and 1 <= hint.limit <= 1000:
+            self._capacity = int(hint.limit)
+        self._accepted_since = 0
+        self._learned(now, f"{accepted} calls in {took:.3g} s were one too many: trying {self._interval:.3g} s", named=False)
+
     def _learn_gap(self, send: Send, hint: Hint, now: float) -> None:
         believed = max(self.interval, DEFAULT_INTERVAL / 2)
         self._learned_at = now
@@ -541,7 +583,7 @@ class Bucket:
         self.enforced = self._always
         self._interval = self._capacity = None
         self.longest_refused = self.shortest_accepted = None
-        self._named = False
+        self._named, self._learned_at = False, -math.inf
 
     # Kept over a restart
 

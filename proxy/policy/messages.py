@@ -28,15 +28,12 @@ HOP_BY_HOP = frozenset(
 
 def end_to_end(headers: Headers) -> Headers:
     """The fields that may be passed on: without hop-by-hop ones and those that Connection names (RFC 9110 7.6.1)."""
-    named = {
-        token.strip().lower()
-        for name, value in headers
-        if name.lower() == "connection"
-        for token in value.split(",")
-    }
-    if not named or named <= {"keep-alive", "close"}:
-        return tuple(item for item in headers if item[0].lower() not in HOP_BY_HOP)
-    return tuple(item for item in headers if item[0].lower() not in HOP_BY_HOP and item[0].lower() not in named)
+    named: set[str] = set()
+    for name, value in headers:
+        if name.lower() == "connection":
+            named.update(token.strip().lower() for token in value.split(","))
+    dropped = HOP_BY_HOP | named if named else HOP_BY_HOP
+    return tuple([item for item in headers if item[0].lower() not in dropped])
 
 
 def header(headers: Headers, name: str) -> str | None:
