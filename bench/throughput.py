@@ -1,4 +1,4 @@
-"""Requests a second of one core: passed through, and from the cache, beside the plainest aiohttp handler doing the same.
+"""Requests a second of one core, passed through and from the cache, beside the plainest aiohttp handler for that.
 
     python bench/throughput.py [--seconds 4] [--rounds 3] [--connections 64]
 
@@ -81,9 +81,7 @@ async def plain(port: int, upstream_url: str | None) -> None:
             body = await request.read()
             url, headers = f"{upstream_url}{request.path_qs}", end_to_end(request.headers)
             async with session.request(request.method, url, headers=headers, data=body or None) as answer:
-                return web.Response(
-                    status=answer.status, body=await answer.read(), headers=end_to_end(answer.headers)
-                )
+                return web.Response(status=answer.status, body=await answer.read(), headers=end_to_end(answer.headers))
 
         app.router.add_route("*", "/{path:.*}", pass_on)
     runner = web.AppRunner(app, access_log=None)
@@ -95,7 +93,10 @@ async def plain(port: int, upstream_url: str | None) -> None:
 @contextlib.contextmanager
 def running(core: int, *command: str, port: int) -> Iterator[int]:
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, {core})
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     try:
         for _ in range(100):
@@ -190,9 +191,7 @@ def main() -> None:
             )
         )
         stack.enter_context(running(1, python, here, "upstream", "18080", port=18080))
-        proxy = stack.enter_context(
-            running(0, python, "-m", "proxy", "serve", "--config", str(settings), port=18081)
-        )
+        proxy = stack.enter_context(running(0, python, "-m", "proxy", "serve", "--config", str(settings), port=18081))
         passing = stack.enter_context(running(0, python, here, "plain", "18082", "http://127.0.0.1:18080", port=18082))
         caching = stack.enter_context(running(0, python, here, "plain", "18083", port=18083))
         key = {"Authorization": f"Bearer {KEY}", "User-Agent": "vastai-cli/1.9.1", "Accept": "*/*"}
@@ -214,8 +213,8 @@ def main() -> None:
             (ours, theirs), (our_cost, their_cost) = map(statistics.median, rates), map(statistics.median, costs)
             shown = [f"{rate:.0f}/s {cost:.0f} us CPU" for rate, cost in ((ours, our_cost), (theirs, their_cost))]
             print(
-                f"{name:15}{shown[0]:>22}{shown[1]:>22}{ours / theirs:7.2f}   ({their_cost / our_cost:.2f} by CPU time, "
-                "which other work on the machine disturbs less)"
+                f"{name:15}{shown[0]:>22}{shown[1]:>22}{ours / theirs:7.2f}   ({their_cost / our_cost:.2f} by CPU "
+                "time, which other work on the machine disturbs less)"
             )
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{proxy}/status").read_text())
         assert found is not None

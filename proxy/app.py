@@ -8,7 +8,7 @@ import gc
 import json
 import logging
 import os
-import random
+import random  # noqa: TID251 - drawn here, and handed to whoever decides
 import signal
 import ssl
 import sys
@@ -43,7 +43,7 @@ class App:
         self,
         settings: Settings,
         *,
-        wall: Callable[[], float] = time.time,
+        wall: Callable[[], float] = time.time,  # noqa: TID251 - the clock's
         tls: ssl.SSLContext | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -82,7 +82,7 @@ class App:
         self._ready = True
 
     async def stop(self, grace: float = GRACE) -> None:
-        """Stop listening, turn away who waits, let what is upstream end within `grace` seconds, keep what was learned."""
+        """Stop listening, turn away who waits, give what is upstream `grace` seconds to end, keep what was learned."""
         self._ready = False
         if self._listener is not None:
             self._listener.close()
@@ -123,9 +123,7 @@ class App:
             for name in ("api", "serverless"):
                 if getattr(before.upstreams, name) != getattr(settings.upstreams, name):
                     self.admission.forget(name)
-        self.admission.reconfigure(
-            settings.limits, settings.queue, settings.upstreams.max_connections, settings.routes
-        )
+        self.admission.reconfigure(settings.limits, settings.queue, settings.upstreams.max_connections, settings.routes)
         self.store.resize(settings.cache.max_bytes)
         self.access.configure(settings.log.level, settings.log.format)
         self.pipeline.settings = settings
@@ -176,13 +174,17 @@ class StateFile:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            log.warning("state file %s cannot be read (%s): starting without what was learned", self.path, error.strerror)
+            log.warning(
+                "state file %s cannot be read (%s): starting without what was learned", self.path, error.strerror
+            )
             return {}
         except (ValueError, KeyError, TypeError, RecursionError):
             aside = self.path.with_suffix(".damaged")
             with contextlib.suppress(OSError):
                 self.path.replace(aside)
-            log.warning("state file %s is damaged: set aside as %s, starting without what was learned", self.path, aside)
+            log.warning(
+                "state file %s is damaged: set aside as %s, starting without what was learned", self.path, aside
+            )
             return {}
         # What one server taught says nothing of another: a rehearsal against a fake must not slow the real thing down.
         changed = {name for name, origin in origins.items() if known.get(name) != origin}
@@ -213,7 +215,9 @@ class StateFile:
             if self._written is not None or not buckets:
                 log.debug("state file %s cannot be written: %s", self.path, error.strerror)
             else:
-                log.warning("state file %s cannot be written (%s): nothing will be remembered", self.path, error.strerror)
+                log.warning(
+                    "state file %s cannot be written (%s): nothing will be remembered", self.path, error.strerror
+                )
                 self._written = {}
 
 

@@ -23,7 +23,6 @@ from .policy.routing import Route
 from .settings import Settings
 from .store import Store
 
-
 PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 """Kept places: of so many requests, so many of one, for so many seconds."""
 
@@ -150,7 +149,13 @@ class Pipeline:
     """Wires policy, store, coalescer, admission and upstream into one path. Owns none of their state."""
 
     def __init__(
-        self, settings: Settings, clock: Clock, store: Store, admission: Admission, upstream: Sender, chance: Callable[[], float]
+        self,
+        settings: Settings,
+        clock: Clock,
+        store: Store,
+        admission: Admission,
+        upstream: Sender,
+        chance: Callable[[], float],
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -331,15 +336,17 @@ class Pipeline:
                 flight.busy = journey.acted and not known.route.is_read
                 if pause:
                     await self.clock.sleep(pause)
-            await self._end_epochs(journey, fetched.outcome)
+            if journey.acted and not known.route.is_read:
+                await self._end_epochs(journey, fetched.outcome)
             concluded = True
         finally:
             if not concluded:
                 if not journey.acted and isinstance(fetched.outcome, Refusal):
                     self._keep_place(known, journey.turn)
-                # Cancelled between two tries of a write: one of them may have been done.
-                await self._end_epochs(journey, _NOBODY)
-        return await self._settle(journey, fetched)
+                if journey.acted and not known.route.is_read:
+                    # Cancelled between two tries of a write: one of them may have been done.
+                    await self._end_epochs(journey, _NOBODY)
+        return await self._settle(journey, fetched) if known.lifetime is not None else fetched
 
     def _worth_waiting(self, journey: _Journey, pause: float) -> bool:
         """Is another try to be waited for, rather than the failure told or the stale answer served?"""
@@ -361,9 +368,7 @@ class Pipeline:
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
         began = clock.now()
         try:
-            ticket = await self.admission.turn(
-                journey.turn, known.route, known.caller.credential, deadline=deadline
-            )
+            ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
             return refusal, None
         finally:
@@ -451,9 +456,9 @@ class Pipeline:
 
     async def _end_epochs(self, journey: _Journey, outcome: Response | Refusal) -> None:
         """After a write that was, or may have been, done: nothing read before its end is found any more."""
-        if journey.acted and not journey.known.route.is_read:
-            ended = _NOBODY if journey.in_doubt else outcome
-            await self._begin(caching.epochs_of_write(journey.known.route, journey.known.caller, ended))
+        known = journey.known
+        ended = _NOBODY if journey.in_doubt else outcome
+        await self._begin(caching.epochs_of_write(known.route, known.caller, ended, known.settings.routes.families))
 
     async def _begin(self, epochs: Sequence[str]) -> None:
         for name in epochs:

@@ -160,9 +160,7 @@ class _Hold:
 
     __slots__ = ("_clock", "_end", "_flight", "_known", "_next", "_task", "_timer", "_transport", "over")
 
-    def __init__(
-        self, clock: Clock, known: Understood, transport: asyncio.Transport | None, began: float
-    ) -> None:
+    def __init__(self, clock: Clock, known: Understood, transport: asyncio.Transport | None, began: float) -> None:
         self._clock = clock
         self._known = known
         self._transport = transport
@@ -207,10 +205,10 @@ class _Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         request = self._current_request
-        if request is not None and self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+        broken = bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
+        if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
-            if not request.content.is_eof():
-                request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+            request.content.set_exception(web.RequestPayloadError("the body is not valid"))
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -298,9 +296,9 @@ async def _body(request: web.BaseRequest, limit: int) -> bytes:
     too_large = Refusal(413, "body_too_large", f"the request's body is larger than {limit} bytes (server.max_body)")
     if (request.content_length or 0) > limit:
         raise too_large
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
-        if request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if expects and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     chunks: list[bytes] = []
     length = 0
     try:
@@ -491,4 +489,3 @@ async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, c
     else:
         transport.write(data)
     await request.protocol._drain_helper()
-

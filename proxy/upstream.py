@@ -61,7 +61,7 @@ class _Outgoing(aiohttp.ClientRequest):
 
 
 class Upstream:
-    """Sends one request once. Owns the connections; keeps no cookie, replays nothing, follows the vendor's redirects."""
+    """Sends one request once. Owns the connections; keeps no cookie, replays nothing, follows vendor redirects."""
 
     def __init__(self, rules: UpstreamRules, tls: ssl.SSLContext | None = None) -> None:
         """Inside a running loop. `tls`: how to verify; by default with the system's authorities."""

@@ -455,7 +455,9 @@ async def test_heartbeats_keep_a_known_client_on_the_line(start: Start) -> None:
     gateway.fake.faults.append(Fault(match="GET *", kind="slow", delay=300))
     host, port = gateway.app.address.host, gateway.app.address.port
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(b"GET /api/v0/ssh/ HTTP/1.1\r\nHost: x\r\nUser-Agent: vastai-cli/1.9.1\r\nAuthorization: Bearer k\r\n\r\n")
+    writer.write(
+        b"GET /api/v0/ssh/ HTTP/1.1\r\nHost: x\r\nUser-Agent: vastai-cli/1.9.1\r\nAuthorization: Bearer k\r\n\r\n"
+    )
     interim = await reader.readuntil(b"\r\n\r\n")
     assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.close()

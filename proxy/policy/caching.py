@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
@@ -181,20 +181,23 @@ def epochs_of_read(route: Route, caller: Caller, rules: CacheRules) -> tuple[str
     return (f"{mine}:{route.family.name}", f"{mine}:all")
 
 
-def epochs_of_write(route: Route, caller: Caller, outcome: Response | Refusal | Exception) -> tuple[str, ...]:
-    """The epochs that end with this write, which may have been done: it was accepted, or its outcome is unknown."""
+def epochs_of_write(
+    route: Route, caller: Caller, outcome: Response | Refusal | Exception, families: Mapping[str, Family]
+) -> tuple[str, ...]:
+    """The epochs that end with this write, which may have been done: it was accepted, or its outcome is unknown.
+
+    What is about the market rather than a caller ends for everybody.
+    """
     if route.is_read or (route.effect is Effect.AUTH and not route.invalidates):
         return ()
     if isinstance(outcome, Response) and 400 <= outcome.status < 500 and not _gone(outcome):
         return ()
     mine = f"epoch:{caller.credential}"
     moved = [f"{mine}:any"]
-    moved += [f"epoch:market:{name}" if name in MARKETS else f"{mine}:{name}" for name in sorted(route.invalidates)]
+    for name in sorted(route.invalidates):
+        market = name in families and families[name].market
+        moved.append(f"epoch:market:{name}" if market else f"{mine}:{name}")
     return tuple(moved)
-
-
-MARKETS = frozenset({"offers", "volume_offers"})
-"""Families whose answers are about the market: a rental by anyone ends everybody's epoch."""
 
 
 def _gone(response: Response) -> bool:

@@ -299,7 +299,7 @@ UNKNOWN = Refusal(500, "outcome_unknown", "")
 def test_a_write_that_may_have_been_done_ends_the_epochs_it_touches(
     line: str, outcome: Response | Refusal | Exception, ended: set[str]
 ) -> None:
-    assert set(epochs_of_write(route(line), ME, outcome)) == ended
+    assert set(epochs_of_write(route(line), ME, outcome, ROUTES.families)) == ended
 
 
 @pytest.mark.parametrize(
@@ -316,15 +316,15 @@ def test_a_write_that_may_have_been_done_ends_the_epochs_it_touches(
     ],
 )
 def test_after_a_write_the_reads_that_it_touches_look_elsewhere(write: str, read: str) -> None:
-    ended = epochs_of_write(route(write), ME, Response(200, ()))
+    ended = epochs_of_write(route(write), ME, Response(200, ()), ROUTES.families)
     assert set(ended) & set(epochs_of_read(route(read), ME, RULES))
 
 
 def test_a_label_does_not_void_the_market_and_one_callers_write_not_anothers_instances() -> None:
-    ended = set(epochs_of_write(route(LABEL), ME, Response(200, ())))
+    ended = set(epochs_of_write(route(LABEL), ME, Response(200, ()), ROUTES.families))
     assert not ended & set(epochs_of_read(route(BUNDLES), ME, RULES))
     assert not ended & set(epochs_of_read(route(INSTANCES), Caller("other"), RULES))
-    created = set(epochs_of_write(route(CREATE), ME, Response(200, ())))
+    created = set(epochs_of_write(route(CREATE), ME, Response(200, ()), ROUTES.families))
     assert created & set(epochs_of_read(route(BUNDLES), Caller("other"), RULES))
 
 
