@@ -1838,6 +1838,7 @@ class FakeVast:
             case "big":
                 return await self._big(request, call, fault.size, verdict)
             case "refuse429":
+                await asyncio.sleep(fault.delay)
                 reply = self._forced(fault, asked)
         return self._finish(request, call, reply, verdict)
 

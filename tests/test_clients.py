@@ -435,7 +435,7 @@ def test_a_wait_that_would_be_too_long_is_told_in_a_sentence(stage: Stage, home:
     side = stage.proxy(routes=[{"route": ASK, "interval": 200}], queue={"max_wait": 5})
     sdk(side).create_instance(side.offers[0], image="x")
     answer = told(home.vastai(f"create instance {side.offers[0]} --image x", side))
-    assert "Failed with error 429: The turn of PUT /api/v0/asks/{id}/ would come in about" in answer.err
+    assert "Failed with error 429: The turn of PUT /api/v0/asks/{id}/ is about" in answer.err
     assert len(answer.err.splitlines()) == 1
     assert len(side.fake.calls(ASK)) == 1
     assert side.app is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -461,3 +462,191 @@ async def test_heartbeats_keep_a_known_client_on_the_line(start: Start) -> None:
     interim = await reader.readuntil(b"\r\n\r\n")
     assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.close()
+
+
+async def test_who_ran_out_of_patience_goes_on_from_its_old_place(start: Start) -> None:
+    gateway = await start(queue={"max_wait_plain": 10})
+    headers = {"User-Agent": "unknown/1"}
+    paths = [gateway.offer(number) for number in range(8)]
+    early = [asyncio.ensure_future(gateway.put(path, {}, headers=headers)) for path in paths[:4]]
+    await asyncio.sleep(1)
+    late = [asyncio.ensure_future(gateway.put(path, {})) for path in paths[4:]]
+    told = await early[3]
+    assert (told.status, told.json["error"], told.headers["Retry-After"]) == (429, "still_queued", "1")
+    assert float(told.headers["Server-Timing"].split(";dur=")[1].split(",")[0]) == pytest.approx(10_000, abs=100)
+    assert (await gateway.put(paths[3], {}, headers=headers)).status == 200
+    assert not any(task.done() for task in late)
+    await asyncio.gather(*late)
+    order = [call.target for call in gateway.fake.calls(ASK)]
+    assert order == paths
+
+
+async def test_a_client_at_whose_expense_it_was_sent_is_not_told_to_come_back(start: Start) -> None:
+    gateway = await start(queue={"max_wait_plain": 2})
+    gateway.fake.faults.append(Fault(match=ASK, kind="slow", delay=7))
+    answer = await gateway.put(gateway.offer(), {}, headers={"User-Agent": "unknown/1"})
+    assert answer.status == 200
+    assert gateway.fake.count("rented") == 1
+
+
+async def test_followers_are_not_told_to_come_back_while_their_call_is_at_upstream(start: Start) -> None:
+    gateway = await start(queue={"max_wait_plain": 2})
+    gateway.fake.faults.append(Fault(match=BUNDLES, kind="slow", delay=7))
+    headers = {"User-Agent": "unknown/1"}
+    answers = await asyncio.gather(*(gateway.post("/api/v0/bundles/", QUERY, headers=headers) for _ in range(3)))
+    assert [answer.status for answer in answers] == [200] * 3
+
+
+# --- What a review found ----------------------------------------------------------------------------------------------
+
+
+async def test_one_refusal_after_a_long_pause_does_not_slow_every_route_of_the_key(start: Start) -> None:
+    gateway = await start()
+    await gateway.post("/api/v0/bundles/", QUERY)
+    await asyncio.sleep(60)
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=10))
+    await gateway.post("/api/v0/bundles/", QUERY | {"limit": 2})
+    began = gateway.now()
+    paths = ["ssh/", "template/", "users/current", "volumes", "machines"]
+    await asyncio.gather(*(gateway.get(f"/api/v0/{path}") for path in paths))
+    assert gateway.now() - began < 3
+
+
+async def test_a_create_that_is_refused_after_its_client_left_is_given_up(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match=ASK, kind="refuse429", delay=5))
+    asking = asyncio.ensure_future(gateway.put(gateway.offer(), {}))
+    await asyncio.sleep(1)
+    asking.cancel()
+    await asyncio.sleep(100)
+    assert gateway.fake.count("rented") == 0
+    assert len(gateway.fake.calls(ASK)) == 1
+    assert repr(gateway.app.admission).startswith("<Admission 0 waiting, 0 in flight")
+
+
+async def test_a_spend_that_was_redirected_to_nowhere_is_not_sent_again(start: Start) -> None:
+    gateway = await start()
+    path = gateway.offer()
+    gateway.fake.faults.append(
+        Fault(match=ASK, kind="status_after", status=307, headers=[("Location", f"{gateway.fake.url}/gone/")])
+    )
+    gateway.fake.faults.append(Fault(match="PUT *", kind="drop_before"))
+    answer = await gateway.put(path, {})
+    assert (answer.status, answer.json["error"]) == (500, "outcome_unknown")
+    assert len(gateway.fake.calls(ASK)) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_failure_with_an_endless_body_keeps_no_slot(start: Start, status: int) -> None:
+    gateway = await start()
+    body = b"x" * 3_000_000
+    gateway.fake.faults.append(Fault(match="GET *", kind="status", status=status, body=body, times=2))
+    assert (await gateway.get("/api/v0/ssh/")).status == 200
+    assert repr(gateway.app.admission).startswith("<Admission 0 waiting, 0 in flight")
+
+
+async def test_a_destroy_whose_answer_was_lost_ends_the_epoch_though_its_repetition_is_a_404(start: Start) -> None:
+    gateway = await start(families={"instances": {"ttl": 300}})
+    await rent(gateway, 2)
+    listed = (await gateway.get("/api/v1/instances/")).json["instances"]
+    gateway.fake.faults.append(Fault(match="DELETE *", kind="drop_after"))
+    assert (await gateway.delete(f"/api/v0/instances/{listed[0]['id']}/")).status == 404
+    left = (await gateway.get("/api/v1/instances/")).json["instances"]
+    assert [row["id"] for row in left] == [listed[1]["id"]]
+
+
+async def test_ones_own_line_is_no_reason_for_an_answer_from_before_ones_own_rental(start: Start) -> None:
+    gateway = await start()
+    for number in range(10):
+        found = await gateway.post("/api/v0/bundles/", QUERY | {"limit": 50 + number})
+    rented = found.json["offers"][0]["id"]
+    assert (await gateway.put(f"/api/v0/asks/{rented}/", {})).status == 200
+    searches = [gateway.post("/api/v0/bundles/", QUERY | {"limit": 50 + number}) for number in range(10)]
+    for answer in await asyncio.gather(*searches):
+        assert rented not in {row["id"] for row in answer.json["offers"]}
+
+
+async def test_a_stale_answer_that_a_write_has_voided_meanwhile_is_not_served(start: Start) -> None:
+    gateway = await start(families={"ssh_keys": {"ttl": 1, "stale_for": 900}})
+    await gateway.get("/api/v0/ssh/")
+    await asyncio.sleep(10)
+    gateway.fake.faults.append(Fault(match="GET *", kind="status", status=503, times=None))
+    asking = asyncio.ensure_future(gateway.get("/api/v0/ssh/"))
+    await asyncio.sleep(1)
+    assert (await gateway.post("/api/v0/ssh/", {"ssh_key": "ssh-ed25519 AAAA"})).status == 200
+    assert (await asking).status == 503
+
+
+async def test_a_refusal_is_no_miss(start: Start) -> None:
+    gateway = await start(queue={"max_wait": 1})
+    answers = await rent(gateway, 2)
+    assert answers[1].cache == "detail=wait_too_long"
+
+
+def reloaded(gateway: Gateway, **sections: Any) -> None:
+    """The same settings but for some, put in force at once."""
+    old = gateway.app.settings
+    gateway.app.reload(
+        replace(old, **{name: replace(getattr(old, name), **values) for name, values in sections.items()})
+    )
+
+
+async def test_a_reload_reaches_those_who_wait(start: Start) -> None:
+    gateway = await start(limits={"scale": 100})
+    asking = [asyncio.ensure_future(gateway.get(f"/api/v0/instances/{n}/?owner=me")) for n in range(4)]
+    await asyncio.sleep(1)
+    began = gateway.now()
+    reloaded(gateway, limits={"scale": 1.0})
+    await asyncio.gather(*asking)
+    assert gateway.now() - began < 210  # the first gap was owed already
+    assert min(gateway.fake.gaps()[1:]) == pytest.approx(2.02, abs=0.01)
+
+
+async def test_a_reload_that_changes_the_scope_goes_on_pacing(start: Start) -> None:
+    gateway = await start()
+    path = "/api/v0/instances/{}/?owner=me"
+    await asyncio.gather(*(gateway.get(path.format(n)) for n in range(3)))
+    reloaded(gateway, limits={"scope": "ip"})
+    await asyncio.gather(*(gateway.get(path.format(n), key=f"key{n}") for n in range(10, 15)))
+    assert gateway.fake.refused == []
+    assert min(gateway.fake.gaps()) >= 2.0
+
+
+async def test_another_upstream_is_not_answered_for_by_what_the_old_one_said(start: Start) -> None:
+    gateway = await start()
+    await gateway.post("/api/v0/bundles/", QUERY)
+    reloaded(gateway, upstreams={"api": "http://127.0.0.1:9"}, retry={"max_attempts": 1})
+    assert (await gateway.post("/api/v0/bundles/", QUERY)).status == 503
+
+
+async def test_a_spend_in_flight_outlives_a_reload_of_the_upstream(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match=ASK, kind="slow", delay=60))
+    asking = asyncio.ensure_future(gateway.put(gateway.offer(), {}))
+    await asyncio.sleep(1)
+    reloaded(gateway, upstreams={"read_timeout": 5.0})
+    assert (await asking).status == 200
+
+
+async def test_one_who_comes_back_to_its_place_is_not_turned_away_by_a_full_line(start: Start) -> None:
+    gateway = await start(queue={"max_waiting": 2})
+    gateway.fake.faults.append(Fault(match=ASK, kind="refuse429", form="json_retry_after", retry_after=5))
+    answers = await rent(gateway, 3)
+    assert [answer.status for answer in answers] == [200] * 3
+
+
+async def test_stopping_tells_those_who_wait_and_finishes_what_is_at_upstream(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match=ASK, kind="slow", delay=3))
+    asking = [asyncio.ensure_future(gateway.put(gateway.offer(number), {})) for number in range(4)]
+    await asyncio.sleep(1)
+    await gateway.app.stop(30.0)
+    answers = [await task for task in asking]
+    assert [answer.status for answer in answers] == [200, 503, 503, 503]
+    assert {answer.json.get("error") for answer in answers[1:]} == {"restarting"}
+
+
+async def test_a_token_in_a_path_that_nobody_listed_is_not_shown(start: Start) -> None:
+    gateway = await start()
+    await gateway.get("/api/v0/team/join/s3cretTok_en-XYZ")
+    assert b"s3cret" not in (await gateway.get("/_proxy/status")).body

@@ -17,11 +17,12 @@ ALL: Final = "all"
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _UPSTREAMS = ("api", "serverless")
-_PLAIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
+_SMALL = "abcdefghijklmnopqrstuvwxyz_-"
+_VERSIONS = frozenset(f"v{number}" for number in range(10))
 _HEX = "0123456789abcdefABCDEF"
 _SEGMENTS_KEPT = 8
 _SHORTEST_HEX = 8
-_LONGEST_NAME = 40
+_LONGEST_NAME = 32
 
 
 class Effect(StrEnum):
@@ -263,12 +264,14 @@ def _unlisted(method: str, path: list[str]) -> Route:
 
 
 def _guessed(segment: str) -> str:
-    """The segment itself if it reads like a name, `{id}` if like an id: ids must share one bucket."""
+    """The segment itself if it reads like a word of the API, else `{id}`.
+
+    Ids must share one bucket, and a token in a path must not be told in a log: a word is of small letters only.
+    """
     # str.strip(all) == "" asks whether a string consists of those characters only.
-    is_name = len(segment) <= _LONGEST_NAME and not segment.strip(_PLAIN)
-    bare = segment.replace("-", "")
-    is_id = bare.isdigit() or (len(bare) >= _SHORTEST_HEX and not bare.strip(_HEX))
-    return segment if is_name and not is_id else "{id}"
+    is_word = len(segment) <= _LONGEST_NAME and not segment.strip(_SMALL)
+    is_hex = len(segment) >= _SHORTEST_HEX and not segment.strip(_HEX)
+    return segment if (is_word and not is_hex) or segment in _VERSIONS else "{id}"
 
 
 class _Builder:
