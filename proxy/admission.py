@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from types import TracebackType
 from typing import Any, Self
@@ -181,15 +180,6 @@ class Origin:
         return f"<Origin {self.name}: {self.waiting} waiting, {self.in_flight}/{self.slots} in flight>"
 
 
-@dataclass(slots=True)
-class Answered:
-    """What admission made of an answer."""
-
-    again: bool
-    """It was a 429 that waiting solves: come back with the same turn."""
-    hint: Hint | None = None
-
-
 class Ticket:
     """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
@@ -225,8 +215,11 @@ class Ticket:
             self.sends = (self.send, shared.stamp(now), account.stamp(now))
             self._admission.changed(self._origin, self._queue)
 
-    def answered(self, response: Response) -> Answered:
-        """Tell what came back, and learn from it; a refusal shuts its bucket for everybody in line."""
+    def answered(self, response: Response) -> bool:
+        """Tell what came back, and learn from it; a refusal shuts its bucket for everybody in line.
+
+        True: it was a 429 that waiting solves, so come back with the same turn.
+        """
         return self._admission.learn(self._origin, self._queue, self, response)
 
     def close(self) -> None:
@@ -293,7 +286,7 @@ class Admission:
         deadline (monotonic seconds; by default the turn's own).
         """
         if self._over is not None:
-            raise self._over
+            raise self._over.with_traceback(None)
         now = self.clock.now()
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
@@ -497,7 +490,7 @@ class Admission:
 
     # --- Learning -----------------------------------------------------------------------------------------------------
 
-    def learn(self, origin: Origin, queue: _Queue, ticket: Ticket, response: Response) -> Answered:
+    def learn(self, origin: Origin, queue: _Queue, ticket: Ticket, response: Response) -> bool:
         """Take in one answer: whose limit it met, what that says of it, and who must wait for it."""
         ticket.sent()  # an answer is proof, should the transport not have told
         assert ticket.sends is not None
@@ -508,7 +501,7 @@ class Admission:
             hint = read_refusal(response.headers, response.body, wall)
         if response.status in PASSING:
             # It may never have come as far as the limits: it proves nothing of them.
-            return Answered(False, hint)
+            return False
         if hint is None or hint.kind != "rate" or ticket.route.pass_429:
             counted_for_all = queue.shared.enforced
             for bucket, send in zip(queue.buckets, sends, strict=True):
@@ -519,10 +512,10 @@ class Admission:
                 queue.account.window *= 2
             self._observe(queue, ticket.route, sends, response, wall)
             self.changed(origin, queue)
-            return Answered(False, hint)
+            return False
         self._blame(queue, sends, hint, now)
         self.changed(origin, queue)
-        return Answered(True, hint)
+        return True
 
     def _blame(self, queue: _Queue, sends: tuple[Send, Send, Send], hint: Hint, now: float) -> None:
         """Whose 429 was it: the route's, the route's for all keys together, or the account's?"""

@@ -17,7 +17,7 @@ from .policy import caching, queueing, retrying
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller, identify
-from .policy.limiting import MAX_429, Hint
+from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
 from .policy.routing import Route
 from .settings import Settings
@@ -291,7 +291,7 @@ class Pipeline:
             if fetched.cache is CacheStatus.MISS:
                 exchange.cache = CacheStatus.COLLAPSED
         if isinstance(fetched.outcome, Refusal):
-            raise fetched.outcome
+            raise fetched.outcome.with_traceback(None)  # one instance, raised to every member
         response = fetched.outcome
         if collapsed:
             response = replace(response, headers=caching.impersonal(response.headers))
@@ -311,8 +311,8 @@ class Pipeline:
         concluded = False
         try:
             while True:
-                outcome, hint = await self._attempt(journey, flight, fetched)
-                if hint is not None and hint.kind == "rate":
+                outcome, too_often = await self._attempt(journey, flight, fetched)
+                if too_often:
                     fetched.refusals += 1
                     fetched.outcome = _too_often(known.route)
                     again, pause = fetched.refusals < MAX_429, 0.0
@@ -357,8 +357,8 @@ class Pipeline:
 
     async def _attempt(
         self, journey: _Journey, flight: Flight[Fetched], fetched: Fetched
-    ) -> tuple[Response | UpstreamError | Refusal, Hint | None]:
-        """Wait for the turn and send once. With what a 429 said, if it was one."""
+    ) -> tuple[Response | UpstreamError | Refusal, bool]:
+        """Wait for the turn and send once. True with a 429 that another turn solves."""
         clock, known = self.clock, journey.known
         deadline = journey.turn.deadline
         if journey.fallback is not None and (
@@ -370,7 +370,7 @@ class Pipeline:
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
-            return refusal, None
+            return refusal, False
         finally:
             fetched.queued += clock.now() - began
 
@@ -392,10 +392,10 @@ class Pipeline:
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)
-            answered = ticket.answered(response)
+            too_often = ticket.answered(response)
         except UpstreamError as error:
             fetched.attempts += 1
-            return error, None
+            return error, False
         finally:
             fetched.upstream += clock.now() - granted
             if not held:
@@ -404,7 +404,7 @@ class Pipeline:
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
             fetched.stored = True
-        return response, answered.hint
+        return response, too_often
 
     async def _settle(self, journey: _Journey, fetched: Fetched) -> Fetched:
         """Prefer a stale answer to none; say how old what is served is."""

@@ -219,7 +219,7 @@ async def test_who_met_a_429_goes_on_from_the_place_of_its_arrival() -> None:
         others = [world.begin(name, TWO) for name in "bc"]
         await asyncio.sleep(1.0)
         ticket.sent()
-        assert ticket.answered(refused(headers=(("Retry-After", "7"),))).again
+        assert ticket.answered(refused(headers=(("Retry-After", "7"),)))
     await world.call("a", TWO, turn=first)
     await asyncio.gather(*others)
     assert world.names == ["a", "b", "c"]
@@ -235,7 +235,7 @@ async def test_who_comes_back_is_not_told_that_those_behind_it_take_too_long() -
         line = [world.begin(str(number), TWO) for number in range(5)]
         await asyncio.sleep(0)
         ticket.sent()
-        assert ticket.answered(refused()).again
+        assert ticket.answered(refused())
     await world.call("first", TWO, turn=first)
     await asyncio.gather(before, *line)
     assert world.names == ["before", "first", "0", "1", "2", "3", "4"]
@@ -420,7 +420,7 @@ async def test_a_full_line_is_full_for_nobody_else_nor_for_who_comes_back() -> N
         await world.call("another route", TWO)
         await world.call("another key", TEN, "l")
         ticket.sent()
-        assert ticket.answered(refused(headers=(("Retry-After", "3"),))).again
+        assert ticket.answered(refused(headers=(("Retry-After", "3"),)))
     await world.call("first", TEN, turn=first)
     await asyncio.gather(*line)
     assert world.names == ["another route", "another key", "first", "0", "1"]
@@ -481,7 +481,7 @@ async def meet(world: World, route: Route, response: Response, who: str = "k") -
     """One more call that gets this answer at once; whether it is to come back."""
     with await world.granted(route, who) as ticket:
         ticket.sent()
-        return ticket.answered(response).again
+        return ticket.answered(response)
 
 
 THRESHOLD = refused(b"API requests too frequent: endpoint threshold=2.0*1.0")
@@ -719,7 +719,7 @@ async def come_and_go(ways: list[Way], ceiling: Ceiling | None, slots: int) -> N
                 if outcome == "raises":
                     raise KeyError
                 failed = outcome == "429" or (outcome == "429 then 200" and not attempt)
-                if not ticket.answered(refused() if failed else Response(200, ())).again:
+                if not ticket.answered(refused() if failed else Response(200, ())):
                     if outcome == "streams":
                         await asyncio.sleep(3.0)
                     return

@@ -152,7 +152,10 @@ async def test_invitations_and_2fa_are_never_tried_again(start: Start) -> None:
     assert "invitation already sent" in again.json["msg"]
     locked = await gateway.post("/api/v0/tfa/", {"code": "123456"})
     assert (locked.status, locked.json["error"]) == (429, "tfa_locked")
-    assert len(gateway.fake.calls("POST /api/v0/tfa/")) == 1
+    gateway.fake.faults.append(Fault(match="POST /api/v0/tfa/", kind="refuse429", form="text"))
+    plain = await gateway.post("/api/v0/tfa/", {"code": "123456"})
+    assert (plain.status, plain.body) == (429, b"API requests too frequent")
+    assert len(gateway.fake.calls("POST /api/v0/tfa/")) == 2
 
 
 async def test_an_account_layer_is_found_and_kept(start: Start) -> None:
