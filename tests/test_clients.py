@@ -342,10 +342,13 @@ class Twins:
             process.stdin.write(commands)
             process.stdin.close()
             process.stdin = None
-        told_by = [
-            [Told(timeless(out, side), timeless(err, side), code) for out, err, code in json.loads(told(process).out)]
-            for process, side in zip(running, (self.direct, self.proxied), strict=True)
-        ]
+        told_by = []
+        for process, side in zip(running, (self.direct, self.proxied), strict=True):
+            batch = told(process)
+            assert batch.code == 0, batch.err
+            told_by.append(
+                [Told(timeless(out, side), timeless(err, side), code) for out, err, code in json.loads(batch.out)]
+            )
         names = [command for command, _ in SAME]
         self.told = {name: pair for name, *pair in zip(names, *told_by, strict=True)}
 
