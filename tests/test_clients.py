@@ -155,6 +155,8 @@ class Home:
             config.mkdir(parents=True)
             (config / "vast_role").write_text("client")
             cache.mkdir(parents=True)
+            # The client makes it if it is not there, and two of them at once trip over each other.
+            (path / ".local" / "state" / "vastai").mkdir(parents=True)
             (cache / "gpu_names_cache.json").write_text('{"gpu_names": ["RTX 4090"]}')
 
     def environment(self, **variables: str) -> dict[str, str]:

@@ -82,6 +82,14 @@ def test_readme_mentions_every_subcommand() -> None:
     assert [name for name in _subcommands() if f"vast-proxy {name}" not in said] == []
 
 
+@each_page
+def test_every_flag_of_a_script_that_a_page_mentions_exists(page: Path) -> None:
+    for line in code(page):
+        for mention in re.finditer(r"\b((?:bench|tests)/\w+\.py)((?: [^|&;#`]*)?)", line):
+            known = {"--help", *re.findall(r'add_argument\("(--[a-z-]+)"', text_of(CHECKOUT / mention[1]))}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", mention[2])) <= known, f"{name_of(page)}: {line}"
+
+
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 KEYS = {".".join(str(part) for part in key) for key in known_keys()}
