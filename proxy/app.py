@@ -32,6 +32,8 @@ from .upstream import Upstream
 log = logging.getLogger(__name__)
 SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
+ORIGINS_KEPT = 8
+"""Other origins whose lessons stay in the state file."""
 GRACE = 30.0
 """Seconds that what is under way has to end when the proxy is told to stop."""
 
@@ -156,39 +158,44 @@ class App:
 
 
 class StateFile:
-    """What was learned, kept over a restart. Written whole or not at all; a damaged one is set aside."""
+    """What was learned, kept over a restart, by the origin that taught it. Written whole or not at all.
+
+    Owns the file. What one server taught says nothing of another: a rehearsal against a fake neither slows the real
+    thing down nor makes it be forgotten.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._origins: dict[str, dict[str, Any]] = {}
         self._written: dict[str, Any] | None = None
 
     def read(self, origins: Mapping[str, str]) -> Mapping[str, Any]:
-        """The buckets as they were dumped, of these origins; nothing, with a warning, where it cannot be read."""
+        """The buckets of these origins as they were dumped; nothing, with a warning, where they cannot be read."""
         if self.path is None:
             return {}
         try:
             found = json.loads(self.path.read_bytes())
-            buckets, known = found["buckets"], found["origins"]
-            if found["version"] != 1 or not isinstance(buckets, dict) or not isinstance(known, dict):
+            learned = found["origins"]
+            if found["version"] != 1 or not all(isinstance(buckets, dict) for buckets in learned.values()):
                 raise ValueError("not a state file of this version")
         except FileNotFoundError:
             return {}
         except OSError as error:
-            log.warning(
-                "state file %s cannot be read (%s): starting without what was learned", self.path, error.strerror
-            )
+            log.warning("state file %s cannot be read (%s): starting without it", self.path, error.strerror)
             return {}
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             aside = self.path.with_suffix(".damaged")
             with contextlib.suppress(OSError):
                 self.path.replace(aside)
-            log.warning(
-                "state file %s is damaged: set aside as %s, starting without what was learned", self.path, aside
-            )
+            log.warning("state file %s is damaged: set aside as %s, starting without it", self.path, aside)
             return {}
-        # What one server taught says nothing of another: a rehearsal against a fake must not slow the real thing down.
-        changed = {name for name, origin in origins.items() if known.get(name) != origin}
-        return {key: state for key, state in buckets.items() if changed.isdisjoint(key.split(" ")[1:2])}
+        self._origins = learned
+        return {
+            key: state
+            for name, origin in origins.items()
+            for key, state in learned.get(origin, {}).items()
+            if key.split(" ")[1:2] == [name]
+        }
 
     def differs(self, buckets: Mapping[str, Any]) -> bool:
         """Is there something to write?"""
@@ -198,12 +205,17 @@ class StateFile:
         """Put it in the place of what was there, in one step; readable by its owner only."""
         if self.path is None:
             return
+        ours: dict[str, dict[str, Any]] = {origin: {} for origin in origins.values()}
+        for key, state in buckets.items():
+            ours[origins[key.split(" ")[1]]][key] = state
+        others = [item for item in self._origins.items() if item[0] not in ours][-ORIGINS_KEPT:]
+        self._origins = dict(others) | {origin: learned for origin, learned in ours.items() if learned}
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".state-")
             try:
                 with os.fdopen(handle, "w") as file:
-                    json.dump({"version": 1, "origins": origins, "buckets": buckets}, file, indent=1)
+                    json.dump({"version": 1, "origins": self._origins}, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
                 Path(name).replace(self.path)
@@ -215,9 +227,8 @@ class StateFile:
             if self._written is not None or not buckets:
                 log.debug("state file %s cannot be written: %s", self.path, error.strerror)
             else:
-                log.warning(
-                    "state file %s cannot be written (%s): nothing will be remembered", self.path, error.strerror
-                )
+                why = error.strerror
+                log.warning("state file %s cannot be written (%s): nothing will be remembered", self.path, why)
                 self._written = {}
 
 
@@ -246,10 +257,10 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         await app.upstream.close()
         raise
     # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    everywhere = app.address.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-    url = f"http://{Listen('127.0.0.1', app.address.port) if everywhere else app.address}"
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
+    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
     print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if everywhere else ""
+    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
     print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()

@@ -464,7 +464,7 @@ class Bucket:
             # No longer interval was learned from it, so there is a debt: a penalty that nobody documented.
             # Twice the gap that was not enough, and not more: the guesses before it may have grown long already.
             wait = min(wait * 2.0 ** min(self.refused_in_row - 1, 6), max(wait, 2 * send.gap))
-        self.shut(now + max(wait, EPSILON))
+        self.shut(now + min(max(wait, EPSILON), _LONGEST_HINT))
 
     def observe(self, send: Send, seen: RateHeaders, others: int, *, may_raise: bool) -> bool:
         """X-RateLimit-* on an answer: lower the count at once; raise the capacity only on proof. True if it is ours.
@@ -550,7 +550,7 @@ class Bucket:
         guess = believed * (1.25 if self.base.source == "documented" and self.refused_in_row == 1 else 2.0)
         if send.clean and hint.retry_after is not None and self.base.interval > 0:
             guess = send.gap + hint.retry_after
-        self._interval = min(guess, max(LONGEST_GUESS, self.base.interval))
+        self._interval = max(self.base.interval, min(guess, LONGEST_GUESS))
         self._named = False
         self._learned(now, f"refused: trying {self._interval:.3g} s", named=False)
 
@@ -618,6 +618,7 @@ class Bucket:
 
     def load(self, kept: Mapping[str, Any], now: float, wall: float) -> None:
         """Take over what `dump` gave, as far as it is sane: a clock that jumped must not shut a bucket for days."""
+        # A debt that is forgotten costs one refusal; one that a clock set back has lengthened would cost an hour.
         longest = self.spacing * (self.capacity + 1) + max(600.0, 20 * self.base.penalty * self.interval)
         full_at = _number(kept.get("full_at"))
         if full_at is not None and full_at > wall:
