@@ -164,6 +164,8 @@ class Origin:
         self.ready: list[tuple[int, int, _Queue, int]] = []
         self.timed: list[tuple[float, int, _Queue, int]] = []
         self.timer: asyncio.TimerHandle | None = None
+        self.listed = 0
+        """Lines that stand in `ready`: its void entries not counted."""
 
     def set_ceiling(self, ceiling: Ceiling | None) -> None:
         before, self.limiter = self.limiter, Limiter(ceiling) if ceiling is not None else None
@@ -364,6 +366,8 @@ class Admission:
         if head is None or queue.listed == head.number:
             return
         queue.version += 1
+        if queue.listed is None:
+            origin.listed += 1
         queue.listed = head.number
         heappush(origin.ready, (head.number, next(self._ties), queue, queue.version))
 
@@ -381,11 +385,11 @@ class Admission:
             if head is None:
                 heappop(origin.ready)
                 if version == queue.version:
-                    queue.listed = None
+                    self._unlist(origin, queue)
                 continue
             if head.waiter is not None and head.waiter.done():
                 # Its caller has left in this very tick and has not yet come to say so.
-                queue.listed = None
+                self._unlist(origin, queue)
                 self._leave(origin, queue, head)
                 continue
             if queue.due(now) > now + EPSILON:
@@ -396,12 +400,16 @@ class Admission:
                 wake = now + wait
                 break
             heappop(origin.ready)
-            queue.listed = None
+            self._unlist(origin, queue)
             self._grant(origin, queue)
             self._ready(origin, queue)
+        # Void entries are dropped where they are met, or all at once when they are the most.
         if len(origin.timed) > 64 + 4 * len(self._queues):
             origin.timed = [entry for entry in origin.timed if entry[3] == entry[2].version]
             heapify(origin.timed)
+        if len(origin.ready) > 64 + 4 * origin.listed:
+            origin.ready = [entry for entry in origin.ready if entry[3] == entry[2].version]
+            heapify(origin.ready)
         if origin.timed:
             wake = min(wake, origin.timed[0][0])
         if origin.timer is not None:
@@ -410,10 +418,15 @@ class Admission:
         if wake < math.inf:
             origin.timer = self.clock.call_at(wake, self._dispatch, origin)
 
+    def _unlist(self, origin: Origin, queue: _Queue) -> None:
+        if queue.listed is not None:
+            queue.listed = None
+            origin.listed -= 1
+
     def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> None:
         """Its turn has not come: out of `ready`, until it is due, or until something changes if that is not known."""
         heappop(origin.ready)
-        queue.listed = None
+        self._unlist(origin, queue)
         queue.version += 1
         due = queue.due(now)
         if due == math.inf:
@@ -485,7 +498,7 @@ class Admission:
             rivals = 0 if returning else max(0, len(self._users.get(id(account), ())) - 1)
             when = max(when, account.eta(now, ahead + rivals))
         if origin.limiter is not None and not returning:
-            when = max(when, now + origin.limiter.delay() + len(origin.ready) / origin.limiter.rate)
+            when = max(when, now + origin.limiter.delay() + origin.listed / origin.limiter.rate)
         return when
 
     # --- Learning -----------------------------------------------------------------------------------------------------
@@ -588,9 +601,13 @@ class Admission:
 
     def forget(self, upstream: str) -> None:
         """That upstream is another server now: what the old one taught says nothing of it."""
-        self._queues = {key: line for key, line in self._queues.items() if key[1] != upstream}
-        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[1] != upstream}
-        self._accounts = {key: account for key, account in self._accounts.items() if key[1] != upstream}
+        for key, bucket in self._buckets.items():
+            if key[1] == upstream:
+                bucket.unlearn()
+        for (_, name), account in self._accounts.items():
+            if name == upstream:
+                account.bucket.unlearn()
+                account.window = 1.0
         self._restored = {key: kept for key, kept in self._restored.items() if key.split(" ")[1:2] != [upstream]}
 
     def turn_all_away(self, refusal: Refusal) -> None:
@@ -660,6 +677,10 @@ class Admission:
         if now - self._swept < (SWEEP_EVERY if len(self._buckets) < MOST_BUCKETS else 1.0):
             return
         self._swept = now
+        for bucket in self._buckets.values():
+            bucket.expire(now)
+        if len(self._buckets) > MOST_BUCKETS:
+            self._drop_oldest(now)
         self._queues = {
             key: queue for key, queue in self._queues.items() if queue or queue.out or not queue.route.idle(now)
         }
@@ -674,26 +695,30 @@ class Admission:
             or (account.known and len(self._accounts) < MOST_KNOWN)
         }
 
+    def _drop_oldest(self, now: float) -> None:
+        """Too many keys to remember each: what was learned from those who were here longest ago goes."""
+        for bucket in sorted(self._buckets.values(), key=lambda bucket: bucket.last_sent)[: len(self._buckets) // 2]:
+            if not bucket.pending and bucket.tat <= now and id(bucket) not in self._users:
+                bucket.unlearn()
+
     # --- Kept over a restart, and shown -------------------------------------------------------------------------------
 
     def dump(self) -> dict[str, Any]:
         """What was learned and what is owed, as JSON: keys are digests and templates."""
         now, wall = self.clock.now(), self.clock.wall()
         # Who has not come back since is carried on, but not for ever.
-        kept: dict[str, Any] = {
-            key: state for key, state in self._restored.items() if wall - state.get("seen", 0.0) < KEPT_FOR
-        }
+        kept: dict[str, Any] = {key: {"seen": 0, **state} for key, state in self._restored.items()}
         for key, bucket in self._buckets.items():
             state = bucket.dump(now, wall)
             if state and (bucket.enforced or "interval" in state):
-                kept[" ".join(key)] = state | {"seen": round(wall)}
+                kept[" ".join(key)] = state | {"seen": _seen(bucket, now, wall)}
         for (who, upstream), account in self._accounts.items():
             state = account.bucket.dump(now, wall)
             if account.known:
                 state["known"] = True
             if state:
-                kept[f"{who} {upstream} account"] = state | {"seen": round(wall)}
-        return kept
+                kept[f"{who} {upstream} account"] = state | {"seen": _seen(account.bucket, now, wall)}
+        return {key: state for key, state in kept.items() if wall - state["seen"] < KEPT_FOR}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Take over what `dump` gave; each bucket does when it is first used."""
@@ -717,6 +742,11 @@ class Admission:
                 "in_flight": account.in_flight,
                 "window": None if account.known else int(account.window),
             }
+
+
+def _seen(bucket: Bucket, now: float, wall: float) -> int:
+    """The date of a bucket's last call, or today's for one that was only taken over."""
+    return round(wall - (now - bucket.last_sent) if bucket.last_sent > -math.inf else wall)
 
 
 def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class Pipeline:
             if stored is not None:
                 ttl = known.lifetime[0]
                 age = self.clock.now() - stored.born
-                if caching.fresh(age, ttl, asked):
+                if age < sum(known.lifetime) and caching.fresh(age, ttl, asked):
                     exchange.cache, exchange.age, exchange.ttl = CacheStatus.HIT, age, ttl - age
                     return _revived(stored, known.request.headers)
         if asked.only_if_cached:
@@ -256,8 +256,8 @@ class Pipeline:
             return await self._alone(known, turn, exchange, watch)
         late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
         if collapsed and late and self.clock.now() < turn.deadline - 1.0:
-            # The leader had come earlier, so its time was over first; ours is not.
-            return await self._alone(known, turn, exchange, watch)
+            # The leader had come earlier, so its time was over first; ours is not. One of us leads now.
+            return await self._together(known, turn, exchange, watch)
         return self._told(fetched, known.request.headers, exchange, collapsed=collapsed)
 
     # --- The place of one who comes back ------------------------------------------------------------------------------
@@ -318,6 +318,10 @@ class Pipeline:
                     again, pause = fetched.refusals < MAX_429, 0.0
                 elif isinstance(outcome, Refusal):
                     fetched.outcome, again, pause = outcome, False, 0.0
+                    if journey.fallback is not None and outcome.code == "wait_too_long":
+                        # It was not to wait longer than for a stale answer: if a write has voided that, it is.
+                        journey.fallback = await self._stale(known)
+                        again = journey.fallback is None and self.clock.now() < journey.turn.deadline
                 else:
                     failures = fetched.attempts - fetched.refusals
                     fetched.outcome = retrying.verdict(known.route, outcome, failures)

@@ -17,6 +17,8 @@ from proxy.app import App
 
 Serve = Callable[[web.Application], Awaitable[TestServer]]
 ADDED = {"Cache-Status", "Server-Timing", "Date"}
+# A read whose answer may be shared asks for gzip at most, which can be undone for a client that does not take it.
+CODING = {"Accept-Encoding": "gzip"}
 CASES: list[tuple[str, str, dict[str, str], bytes]] = [
     ("GET", "/api/v0/instances/?owner=me&q=%7B%22a%22:1%7D", {"Authorization": "Bearer k"}, b""),
     ("POST", "/api/v0/bundles/", {"Content-Type": "application/json", "X-Two": "b"}, b'{"limit": 3}'),
@@ -24,7 +26,7 @@ CASES: list[tuple[str, str, dict[str, str], bytes]] = [
     (
         "PUT",
         "/api/v0/asks/5/",
-        {"Content-Type": "application/json", "Accept": "text/*;q=0.5"},
+        {"Content-Type": "application/json", "Accept": "text/*"},
         b'{"image": "\xc3\xa9"}',
     ),
     ("PATCH", "/some/where/else", {"Content-Type": "application/octet-stream"}, bytes(range(256)) * 300),
@@ -41,7 +43,7 @@ async def echo(request: web.Request) -> web.StreamResponse:
         "headers": [[name, value] for name, value in request.headers.items() if name not in hop],
         "body": (await request.read()).hex(),
     }
-    return web.json_response(seen, headers=[("X-Many", "1"), ("X-Many", "2")])  # type: ignore[arg-type]
+    return web.json_response(seen, headers=[("X-Many", "1"), ("X-Many", "2")])
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ async def test_nothing_changes_on_the_way_there_and_back(
     for side in sides:
         async with (
             aiohttp.ClientSession() as session,
-            session.request(method, f"{side}{target}", headers=headers, data=body or None) as answer,
+            session.request(method, f"{side}{target}", headers=headers | CODING, data=body or None) as answer,
         ):
             fields = [item for item in answer.headers.items() if item[0] not in ADDED]
             text = await answer.text()

@@ -413,8 +413,7 @@ class Bucket:
         self.refused_in_row = self.uncharged = 0
         if self.margin != self.base_margin:
             self.margin += (self.base_margin - self.margin) * MARGIN_DECAY
-        if -math.inf < self._learned_at < now - (NAMED_FOR if self._named else GUESSED_FOR):
-            self._forget()
+        self.expire(now)
         send.settle(True)
         if self.pooled:
             if self._resumed_at < self._refused_at <= send.at:
@@ -459,6 +458,9 @@ class Bucket:
             # Waiting one interval was not enough: the vendor does charge, and charged each time.
             wait += self.uncharged * self.base.penalty * self.spacing
             self.uncharged = 0
+            if self.refused_in_row > 2 and self.interval <= believed:
+                # More is owed than we caused: somebody else was refused too, with the same key.
+                wait *= 2.0 ** min(self.refused_in_row - 2, 6)
             self.correction = "429s in a row: the documented penalty was charged"
         elif self.refused_in_row > 1 and self.interval <= believed:
             # No longer interval was learned from it, so there is a debt: a penalty that nobody documented.
@@ -533,6 +535,12 @@ class Bucket:
 
     def _learn_gap(self, send: Send, hint: Hint, now: float) -> None:
         believed = max(self.interval, DEFAULT_INTERVAL / 2)
+        if self.base.source == "documented" and self.refused_in_row == 1 and self.longest_refused is None:
+            # A wait of more than the documented interval again is a debt, which somebody else's calls have made.
+            # Once is chance; twice in a short time is not.
+            first, self._surprised_at = self._surprised_at, now
+            if (hint.retry_after or 0.0) > 2 * self.base.interval and now - first > SURPRISED_FOR:
+                return
         self._learned_at = now
         if send.clean:
             self.longest_refused = max(self.longest_refused or 0.0, send.gap)
@@ -589,18 +597,39 @@ class Bucket:
 
     # Kept over a restart
 
+    @property
+    def last_sent(self) -> float:
+        """When the last call went out; minus infinity: none has."""
+        return self._last.at if self._last is not None else -math.inf
+
+    def expire(self, now: float) -> None:
+        """Forget what was learned too long ago to be believed."""
+        if -math.inf < self._learned_at < now - (NAMED_FOR if self._named else GUESSED_FOR):
+            self._forget()
+
+    def unlearn(self) -> None:
+        """It is another server's now: only what is owed stays."""
+        self._forget()
+        self.margin = self.base_margin
+        self.correction = ""
+        self.refused_in_row = self.uncharged = 0
+
     def idle(self, now: float) -> bool:
         """Nothing would be lost by forgetting it: full, nothing granted, nothing learned."""
-        if self.source == "learned" or self.enforced != self._always or self.margin > self.base_margin * 1.5:
+        if self.source == "learned" or self.enforced != self._always or self._margin_raised:
             return False
         return self.tat <= now and not self.pending
+
+    @property
+    def _margin_raised(self) -> bool:
+        return self.margin > self.base_margin * 1.5 + 1e-3
 
     def dump(self, now: float, wall: float) -> dict[str, Any]:
         """What must survive a restart, as JSON; times as epoch seconds."""
         kept: dict[str, Any] = {}
         if self.tat > now:
             kept["full_at"] = round(wall + self.tat - now, 3)
-        if self.margin > self.base_margin * 1.5:
+        if self._margin_raised:
             kept["margin"] = round(self.margin, 4)
         if self.source == "learned":
             kept |= {
