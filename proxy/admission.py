@@ -109,10 +109,35 @@ class _Queue(Line[Turn]):
         # The head's number under which it stands in the dispatcher's `ready`, or None.
         self.listed: int | None = None
 
+    def may_go(self, now: float) -> bool:
+        """Does every bucket have a token, and the account's window room?"""
+        return self.account.open() and all(bucket.due(now) <= now + EPSILON for bucket in self.buckets)
+
+
+class _Gate:
+    """Where lines stand that wait for one bucket: only the oldest arrival among them is let on to the dispatcher.
+
+    So it costs the same whether ten or ten thousand wait for it. One line may be on its way from each gate.
+    """
+
+    __slots__ = ("account", "blocked", "bucket", "door", "users")
+
+    def __init__(self, bucket: Bucket, account: Account | None) -> None:
+        self.bucket = bucket
+        self.account = account
+        """Whose window counts here too, if this is the account's own bucket."""
+        self.users: set[_Queue] = set()
+        """Lines that hold somebody and take from this bucket."""
+        self.blocked: list[tuple[int, int, _Queue, int]] = []
+        """Those that wait here: number of the head, tie-break, line, its version."""
+        self.door: float | None = None
+        """When the dispatcher will look here next."""
+
     def due(self, now: float) -> float:
-        if not self.account.open():
+        """When the next call of any line may pass; infinite: when one that passed is sent, or has come back."""
+        if self.account is not None and not self.account.open():
             return math.inf
-        return max(self.route.due(now), self.shared.due(now), self.account.bucket.due(now))
+        return self.bucket.due(now)
 
 
 class Limiter(AsyncLimiter):
@@ -160,9 +185,9 @@ class Origin:
         self.limiter: Limiter | None = None
         self.in_flight = 0
         self.waiting = 0
-        # (arrival number of the head, tie-break, line, its version), and the same by the time at which it is due.
+        # (arrival number of the head, tie-break, line, its version), and the gates by the time at which they are due.
         self.ready: list[tuple[int, int, _Queue, int]] = []
-        self.timed: list[tuple[float, int, _Queue, int]] = []
+        self.timed: list[tuple[float, int, _Gate]] = []
         self.timer: asyncio.TimerHandle | None = None
         self.listed = 0
         """Lines that stand in `ready`: its void entries not counted."""
@@ -257,8 +282,8 @@ class Admission:
         self._queues: dict[tuple[str, str, str], _Queue] = {}
         self._buckets: dict[tuple[str, str, str], Bucket] = {}
         self._accounts: dict[tuple[str, str], Account] = {}
-        # Lines that hold somebody, by the bucket they need: who must be looked at again when it changes.
-        self._users: dict[int, set[_Queue]] = {}
+        # Of every bucket that somebody waits for, by its id.
+        self._gates: dict[int, _Gate] = {}
         self._restored: dict[str, Mapping[str, Any]] = {}
         self._swept = clock.now()
         self._over: Refusal | None = None
@@ -293,7 +318,7 @@ class Admission:
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
         queue = self._queue(route, credential)
-        if not origin.waiting and queue.due(now) <= now + EPSILON and origin.delay() <= 0:
+        if not origin.waiting and queue.may_go(now) and origin.delay() <= 0:
             # Nobody waits and nothing is in the way: the same grant without a line.
             turn.returning = True
             return Ticket(self, origin, queue, route, now, self._charge(origin, queue))
@@ -317,7 +342,11 @@ class Admission:
         origin.waiting += 1
         queue.account.waiting += 1
         for bucket in queue.buckets:
-            self._users.setdefault(id(bucket), set()).add(queue)
+            gate = self._gates.get(id(bucket))
+            if gate is None:
+                account = queue.account if bucket is queue.account.bucket else None
+                gate = self._gates[id(bucket)] = _Gate(bucket, account)
+            gate.users.add(queue)
         if queue.head() is waiting:
             self._ready(origin, queue)
             self._dispatch(origin)
@@ -352,14 +381,32 @@ class Admission:
     # --- The dispatcher -----------------------------------------------------------------------------------------------
 
     def changed(self, origin: Origin, queue: _Queue) -> None:
-        """A bucket or a slot of that line changed: look again at every line that needs one of them."""
-        if not origin.waiting:
-            return
+        """A bucket or a slot of that line changed: whoever is next at its gates is looked at again."""
+        if origin.waiting:
+            self._serve(origin, queue, self.clock.now())
+            self._dispatch(origin)
+
+    def _serve(self, origin: Origin, queue: _Queue, now: float) -> None:
+        """Let on whoever is next at each gate of this line, or see to it that the gate is looked at in time."""
         for bucket in queue.buckets:
-            if bucket.enforced:
-                for user in self._users.get(id(bucket), ()):
-                    self._ready(origin, user)
-        self._dispatch(origin)
+            gate = self._gates.get(id(bucket))
+            if gate is not None:
+                self._open(origin, gate, now)
+
+    def _open(self, origin: Origin, gate: _Gate, now: float) -> None:
+        blocked = gate.blocked
+        while blocked and (blocked[0][3] != blocked[0][2].version or blocked[0][2].head() is None):
+            heappop(blocked)
+        if not blocked:
+            return
+        due = gate.due(now)
+        head = blocked[0][2].head()
+        assert head is not None
+        if due <= now + EPSILON or head.deadline < due < math.inf:  # to its turn, or to be turned away
+            self._ready(origin, heappop(blocked)[2])
+        elif due < math.inf and (gate.door is None or due < gate.door):
+            gate.door = due
+            heappush(origin.timed, (due, next(self._ties), gate))
 
     def _ready(self, origin: Origin, queue: _Queue) -> None:
         head = queue.head()
@@ -375,25 +422,30 @@ class Admission:
         """Grant every turn that can be granted now, oldest arrival first; set the timer for the next."""
         now = self.clock.now()
         while origin.timed and origin.timed[0][0] <= now + EPSILON:
-            _, _, queue, version = heappop(origin.timed)
-            if version == queue.version:
-                self._ready(origin, queue)
+            due, _, gate = heappop(origin.timed)
+            if gate.door == due:
+                gate.door = None
+                self._open(origin, gate, now)
         wake = math.inf
         while origin.ready:
             _, _, queue, version = origin.ready[0]
-            head = queue.head() if version == queue.version else None
+            if version != queue.version:
+                heappop(origin.ready)
+                continue
+            head = queue.head()
             if head is None:
                 heappop(origin.ready)
-                if version == queue.version:
-                    self._unlist(origin, queue)
+                self._unlist(origin, queue)
+                self._serve(origin, queue, now)
                 continue
             if head.waiter is not None and head.waiter.done():
                 # Its caller has left in this very tick and has not yet come to say so.
+                heappop(origin.ready)
                 self._unlist(origin, queue)
                 self._leave(origin, queue, head)
+                self._serve(origin, queue, now)
                 continue
-            if queue.due(now) > now + EPSILON:
-                self._park(origin, queue, head, now)
+            if self._park(origin, queue, head, now):
                 continue
             wait = origin.delay()
             if wait > 0:
@@ -403,9 +455,10 @@ class Admission:
             self._unlist(origin, queue)
             self._grant(origin, queue)
             self._ready(origin, queue)
+            self._serve(origin, queue, now)
         # Void entries are dropped where they are met, or all at once when they are the most.
-        if len(origin.timed) > 64 + 4 * len(self._queues):
-            origin.timed = [entry for entry in origin.timed if entry[3] == entry[2].version]
+        if len(origin.timed) > 64 + 4 * len(self._gates):
+            origin.timed = [entry for entry in origin.timed if entry[0] == entry[2].door]
             heapify(origin.timed)
         if len(origin.ready) > 64 + 4 * origin.listed:
             origin.ready = [entry for entry in origin.ready if entry[3] == entry[2].version]
@@ -423,19 +476,27 @@ class Admission:
             queue.listed = None
             origin.listed -= 1
 
-    def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> None:
-        """Its turn has not come: out of `ready`, until it is due, or until something changes if that is not known."""
+    def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> bool:
+        """If its turn has not come: out of `ready`, to the gate that keeps it the longest. True: so it was."""
+        latest, at = -math.inf, None
+        for bucket in queue.buckets:
+            gate = self._gates[id(bucket)]
+            due = gate.due(now)
+            if due > latest:
+                latest, at = due, gate
+        if at is None or latest <= now + EPSILON:
+            return False
         heappop(origin.ready)
         self._unlist(origin, queue)
         queue.version += 1
-        due = queue.due(now)
-        if due == math.inf:
-            return
-        if due > head.deadline:
-            self._turn_away(origin, queue, head, too_long(queue, due - now, head.deadline - now))
+        if head.deadline < latest < math.inf:
+            self._turn_away(origin, queue, head, too_long(queue, latest - now, head.deadline - now))
             self._ready(origin, queue)
-            return
-        heappush(origin.timed, (due, next(self._ties), queue, queue.version))
+        else:
+            heappush(at.blocked, (head.number, next(self._ties), queue, queue.version))
+        # It took nothing, so whoever stands behind it at any of its gates comes forward.
+        self._serve(origin, queue, now)
+        return True
 
     def _grant(self, origin: Origin, queue: _Queue) -> None:
         turn = queue.pop()
@@ -473,11 +534,11 @@ class Admission:
         queue.account.waiting -= 1
         if not queue:
             for bucket in queue.buckets:
-                users = self._users.get(id(bucket))
-                if users is not None:
-                    users.discard(queue)
-                    if not users:
-                        del self._users[id(bucket)]
+                gate = self._gates.get(id(bucket))
+                if gate is not None:
+                    gate.users.discard(queue)
+                    if not gate.users:
+                        del self._gates[id(bucket)]
 
     def _late(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
         """The deadline came before the turn."""
@@ -495,7 +556,8 @@ class Admission:
         when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead))
         account = queue.account.bucket
         if account.spacing > 0:
-            rivals = 0 if returning else max(0, len(self._users.get(id(account), ())) - 1)
+            gate = self._gates.get(id(account))
+            rivals = 0 if returning or gate is None else len(gate.users) - 1
             when = max(when, account.eta(now, ahead + rivals))
         if origin.limiter is not None and not returning:
             when = max(when, now + origin.limiter.delay() + origin.listed / origin.limiter.rate)
@@ -520,13 +582,15 @@ class Admission:
             for bucket, send in zip(queue.buckets, sends, strict=True):
                 bucket.accepted(send, now)
             if counted_for_all and not queue.shared.enforced:
-                self._all_keys_ready(queue)  # forgotten: nobody waits for it any more
+                self._look_again(origin, (queue.shared,))  # forgotten: nobody waits for it any more
             if queue.account.window < SLOW_START_ENDS:
                 queue.account.window *= 2
             self._observe(queue, ticket.route, sends, response, wall)
             self.changed(origin, queue)
             return False
         self._blame(queue, sends, hint, now)
+        # For everybody in line: who now would wait too long is told so at once.
+        self._look_again(origin, [bucket for bucket in queue.buckets if bucket.enforced])
         self.changed(origin, queue)
         return True
 
@@ -542,7 +606,6 @@ class Admission:
             queue.route.refused(route, hint, now)
         elif others_called and self.limits.scope == "auto":
             queue.shared.enforce(now)
-            self._all_keys_ready(queue)
             queue.shared.refused(shared, hint, now)
         elif hint.threshold is not None:
             # It speaks of this endpoint, so somebody else calls it with the same key.
@@ -552,10 +615,12 @@ class Admission:
             queue.account.window = 1.0
             queue.account.bucket.refused(account, hint, now)
 
-    def _all_keys_ready(self, queue: _Queue) -> None:
-        """What all keys share at that route began or ceased to count."""
-        for user in self._users.get(id(queue.shared), ()):
-            self._ready(self.origins[queue.key[1]], user)
+    def _look_again(self, origin: Origin, buckets: Iterable[Bucket]) -> None:
+        """What these buckets allow became another thing: every line that takes from one is looked at anew."""
+        for bucket in buckets:
+            gate = self._gates.get(id(bucket))
+            for line in gate.users if gate is not None else ():
+                self._ready(origin, line)
 
     def _observe(
         self, queue: _Queue, route: Route, sends: tuple[Send, Send, Send], response: Response, wall: float
@@ -591,13 +656,12 @@ class Admission:
                 route = now_listed.get(line.key[1:], line.rules[0])
                 line.rules = (route, limits)
                 line.route.base = line.shared.base = self._rate(route)
-            self._ready(self.origins[line.key[1]], line)
         if rescoped:
             # Who waits goes on in the line it is in; who comes from now on is counted by the new scope.
             self._queues = {}
         for origin in self.origins.values():
             origin.slots = slots
-            self._dispatch(origin)
+        self._look_at_all()
 
     def forget(self, upstream: str) -> None:
         """That upstream is another server now: what the old one taught says nothing of it."""
@@ -609,16 +673,23 @@ class Admission:
                 account.bucket.unlearn()
                 account.window = 1.0
         self._restored = {key: kept for key, kept in self._restored.items() if key.split(" ")[1:2] != [upstream]}
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        for line in self._waiting_lines():
+            self._ready(self.origins[line.key[1]], line)
+        for origin in self.origins.values():
+            self._dispatch(origin)
+
+    def _waiting_lines(self) -> set[_Queue]:
+        return {line for gate in self._gates.values() for line in gate.users}
 
     def turn_all_away(self, refusal: Refusal) -> None:
         """The end: who waits is told so, and so is who comes."""
         self._over = refusal
-        for origin in self.origins.values():
-            lines = {entry[2] for entry in (*origin.ready, *origin.timed)}
-            lines.update(line for users in self._users.values() for line in users if line.key[1] == origin.name)
-            for line in lines:
-                while (head := line.head()) is not None:
-                    self._turn_away(origin, line, head, refusal)
+        for line in self._waiting_lines():
+            while (head := line.head()) is not None:
+                self._turn_away(self.origins[line.key[1]], line, head, refusal)
 
     def is_refused(self, route: Route, credential: str) -> bool:
         """Is the vendor refusing these calls at present? Else a wait is our own line's doing."""
@@ -698,7 +769,7 @@ class Admission:
     def _drop_oldest(self, now: float) -> None:
         """Too many keys to remember each: what was learned from those who were here longest ago goes."""
         for bucket in sorted(self._buckets.values(), key=lambda bucket: bucket.last_sent)[: len(self._buckets) // 2]:
-            if not bucket.pending and bucket.tat <= now and id(bucket) not in self._users:
+            if not bucket.pending and bucket.tat <= now and id(bucket) not in self._gates:
                 bucket.unlearn()
 
     # --- Kept over a restart, and shown -------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class World:
         for queue in self.admission._queues.values():
             assert (len(queue), queue.out, queue.account.in_flight, queue.account.waiting) == (0, 0, 0, 0)
             assert [bucket.pending for bucket in queue.buckets] == [0, 0, 0]
-        assert self.admission._users == {}
+        assert self.admission._gates == {}
         for origin in self.admission.origins.values():
             if origin.limiter is not None:
                 assert 0.0 <= origin.limiter._level <= origin.limiter.max_rate + 1e-6
