@@ -898,3 +898,18 @@ async def test_an_origin_without_a_ceiling_or_slots_waits_for_neither_or_for_eve
     assert repr(origin) == "<Origin api: 0 waiting, 1/1 in flight>"
     ticket.close()
     assert origin.delay() == 0.0
+
+
+async def test_keys_that_do_not_come_back_are_forgotten_with_what_was_learned_from_them() -> None:
+    world = World(known="")
+    for number in range(50):
+        ticket = await world.granted(TEN, f"key{number}")
+        ticket.sent()
+        ticket.answered(refused(b"API requests too frequent: endpoint threshold=20.0*1.0"))
+        ticket.close()
+    assert len(world.admission.dump()) > 1
+    await asyncio.sleep(NAMED_FOR * 8)
+    await world.call("x", TWO, "new")
+    assert len(world.admission._buckets) < 10
+    assert len(world.admission._queues) < 10
+    assert len(world.admission.dump()) < 5

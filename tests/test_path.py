@@ -653,3 +653,83 @@ async def test_a_token_in_a_path_that_nobody_listed_is_not_shown(start: Start) -
     gateway = await start()
     await gateway.get("/api/v0/team/join/s3cretTok_en-XYZ")
     assert b"s3cret" not in (await gateway.get("/_proxy/status")).body
+
+
+@pytest.mark.parametrize("form", ["text_threshold", "detail"])
+async def test_a_debt_that_somebody_else_made_with_the_same_key_is_waited_out(start: Start, form: Form) -> None:
+    gateway = await start(Behaviour(form=form, limits={ASK: Limit(4.5, 1, 12)}))
+    for number in range(6):  # past the proxy: one is done, five are refused and charged for
+        url = f"{gateway.fake.url}{gateway.offer(40 + number)}"
+        async with gateway.session.put(url, json={}, headers={"Authorization": "Bearer k"}) as answer:
+            await answer.read()
+    ours = len(gateway.fake.refused)
+    assert [answer.status for answer in await rent(gateway, 4)] == [200] * 4
+    assert len(gateway.fake.refused) - ours <= 6
+
+
+async def test_followers_whose_leaders_time_is_over_go_on_together(start: Start) -> None:
+    gateway = await start(queue={"max_wait": 60})
+    await gateway.get("/api/v0/ssh/?a=1")
+    gateway.fake.faults.append(Fault(kind="refuse429", form="json_retry_after", retry_after=50))
+    shutting = asyncio.ensure_future(gateway.get("/api/v0/ssh/?a=2"))
+    await asyncio.sleep(2)
+    leader = asyncio.ensure_future(gateway.get("/api/v0/ssh/?a=3"))
+    await asyncio.sleep(30)
+    followers = [asyncio.ensure_future(gateway.get("/api/v0/ssh/?a=3")) for _ in range(20)]
+    await asyncio.sleep(1)
+    line = next(line for line in gateway.app.admission._queues.values() if len(line))
+    line.account.bucket.shut(gateway.now() + 40)
+    assert (await leader).status == 429
+    assert {answer.status for answer in await asyncio.gather(*followers)} == {200}
+    assert [call.target for call in gateway.fake.log].count("/api/v0/ssh/?a=3") == 1
+    await shutting
+
+
+async def test_a_read_whose_stale_answer_was_voided_waits_as_long_as_any_other(start: Start) -> None:
+    gateway = await start(families={"ssh_keys": {"ttl": 1, "stale_for": 900}})
+    await gateway.get("/api/v0/ssh/")
+    await asyncio.sleep(10)
+    gateway.fake.faults.append(Fault(match="GET *", kind="refuse429", form="json_retry_after", retry_after=20, delay=2))
+    asking = asyncio.ensure_future(gateway.get("/api/v0/ssh/"))
+    await asyncio.sleep(1)
+    assert (await gateway.post("/api/v0/ssh/", {"ssh_key": "ssh-ed25519 AAAA"})).status == 200
+    assert len((await asking).json) == 1
+
+
+async def test_max_stale_takes_an_answer_past_its_time_but_not_past_its_life(start: Start) -> None:
+    gateway = await start(families={"ssh_keys": {"ttl": 30, "stale_for": 100}})
+    headers = {"Cache-Control": "max-stale=100000"}
+    await gateway.get("/api/v0/ssh/")
+    await asyncio.sleep(100)
+    assert (await gateway.get("/api/v0/ssh/", headers=headers)).cache == "hit; ttl=-70"
+    await asyncio.sleep(40)
+    assert (await gateway.get("/api/v0/ssh/", headers=headers)).cache.startswith("fwd=")
+
+
+async def test_another_name_of_the_same_server_is_not_called_twice_as_fast(start: Start) -> None:
+    gateway = await start(Behaviour(form="text"))
+    path = "/api/v0/instances/{}/?owner=me"
+    asking = [asyncio.ensure_future(gateway.get(path.format(n))) for n in range(5)]
+    await asyncio.sleep(1)
+    reloaded(gateway, upstreams={"api": gateway.fake.url.replace("127.0.0.1", "127.0.0.1.")})
+    reloaded(gateway, upstreams={"api": gateway.fake.url})
+    asking += [asyncio.ensure_future(gateway.get(path.format(n))) for n in range(5, 10)]
+    await asyncio.gather(*asking)
+    assert gateway.fake.refused == []
+
+
+async def test_clients_who_come_and_go_do_not_make_the_line_look_longer_for_others(start: Start) -> None:
+    gateway = await start(upstreams={"max_connections": 1})
+    gateway.fake.faults.append(Fault(match="GET *", kind="slow", delay=50))
+    hanging = asyncio.ensure_future(gateway.get("/api/v0/ssh/"))
+    await asyncio.sleep(1)
+    patient = asyncio.ensure_future(gateway.get("/api/v0/volumes"))
+    for number in range(300):
+        passing = asyncio.ensure_future(gateway.get(f"/api/v0/machines?n={number}", key="other"))
+        await asyncio.sleep(0.05)
+        passing.cancel()
+    await asyncio.sleep(0.1)
+    route = gateway.app.settings.routes.match("GET", "/api/v0/template/")
+    assert gateway.app.admission.expected(route, "third") < 5
+    assert len(gateway.app.admission.origins["api"].ready) < 100
+    assert {(await hanging).status, (await patient).status} == {200}
