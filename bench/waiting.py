@@ -58,10 +58,10 @@ async def measure(count: int) -> None:
             json.dumps(
                 {
                     "listen": f"127.0.0.1:{port}",
-                    # It takes the first one and never answers; the turn of the next is an hour away.
+                    # It takes the first one and never answers; the turn of the next is five minutes away.
                     "upstreams": {"api": f"http://127.0.0.1:{port + 1}", "read_timeout": 0},
                     "limits": {"global": None},
-                    "routes": [{"route": "PUT /api/v0/asks/{id}/", "interval": 3600}],
+                    "routes": [{"route": "PUT /api/v0/asks/{id}/", "interval": 300}],
                     "queue": {"max_wait": "100d", "max_waiting": count + 200, "heartbeat": "10m"},
                     "state": {"file": f"{folder}/state.json"},
                     "log": {"level": "warning"},
