@@ -51,17 +51,14 @@ class Answer:
         return f"<{self.status} {self.cache} {self.body[:200]!r}>"
 
 
-class Gateway:
-    """A proxy, the fake behind it, and a client that says what it means in one line."""
+class Client:
+    """Says what it means in one line: `await client.get("/api/v0/ssh/", key="other")`."""
 
-    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession) -> None:
-        self.app = app
-        self.fake = fake
-        self.session = session
-        self.url = f"http://{app.address}"
+    def __init__(self, session: aiohttp.ClientSession, url: str, agent: str = "vastai-cli/1.9.1") -> None:
+        self.session, self.url, self.agent = session, url, agent
 
     async def __call__(self, method: str, path: str, body: Any = None, key: str = "k", **more: Any) -> Answer:
-        headers = {"User-Agent": "vastai-cli/1.9.1"}
+        headers = {"User-Agent": self.agent}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         headers |= more.pop("headers", {})
@@ -81,6 +78,15 @@ class Gateway:
 
     async def delete(self, path: str, **more: Any) -> Answer:
         return await self("DELETE", path, {}, **more)
+
+
+class Gateway(Client):
+    """A proxy, the fake behind it, and a client of it."""
+
+    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession) -> None:
+        super().__init__(session, f"http://{app.address}")
+        self.app = app
+        self.fake = fake
 
     def offer(self, number: int = 0) -> str:
         """The path that rents an offer that is still to be had."""

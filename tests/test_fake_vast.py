@@ -17,6 +17,7 @@ import aiohttp
 import fake_vast
 import pytest
 import trustme
+from conftest import Client
 from fake_vast import Behaviour, FakeVast, Fault, Form, Limit, identity_of
 
 pytestmark = pytest.mark.looptime
@@ -26,42 +27,6 @@ MIDNIGHT = int(datetime(2026, 7, 26, tzinfo=UTC).timestamp())
 ASK = "PUT /api/v0/asks/{id}/"
 USER = "/api/v0/users/current"
 FREE = {"*": Limit(0)}  # for the tests that are not about limits
-
-
-class Answer:
-    def __init__(self, response: aiohttp.ClientResponse, body: bytes) -> None:
-        self.status, self.headers, self.body = response.status, response.headers, body
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class Client:
-    """Says what it means in one line: `await client.get("/api/v0/ssh/")`; every call is a new connection."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self.session, self.url = session, url
-
-    async def __call__(self, method: str, path: str, body: Any = None, key: str = "k", **more: Any) -> Answer:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        headers |= more.pop("headers", {})
-        async with self.session.request(
-            method, self.url + path, json=body, headers=headers, allow_redirects=False, **more
-        ) as response:
-            return Answer(response, await response.read())
-
-    async def get(self, path: str, **more: Any) -> Answer:
-        return await self("GET", path, **more)
-
-    async def put(self, path: str, body: Any = None, **more: Any) -> Answer:
-        return await self("PUT", path, {} if body is None else body, **more)
-
-    async def post(self, path: str, body: Any = None, **more: Any) -> Answer:
-        return await self("POST", path, {} if body is None else body, **more)
-
-    async def delete(self, path: str, **more: Any) -> Answer:
-        return await self("DELETE", path, {}, **more)
 
 
 Meet = Callable[..., Awaitable[tuple[FakeVast, Client]]]
