@@ -580,3 +580,12 @@ async def test_calls_do_not_wait_for_each_others_connections() -> None:
     async with RawUpstream(wait) as server, client(server.url) as upstream:
         answers = await asyncio.gather(*(send(upstream) for _ in range(150)))
         assert {response.status for response in answers} == {200}
+
+
+async def test_a_trailer_of_one_answer_is_not_part_of_the_next_ones(parser: str) -> None:
+    trailed = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-Other: secret\r\n\r\n"
+    async with RawUpstream(trailed, OK) as server, client(server.url) as upstream:
+        first, second = await send(upstream, "GET"), await send(upstream, "GET")
+    assert server.accepted == 1
+    assert first.body == b"abc"
+    assert not any(name == "X-Other" for name, _ in (*first.headers, *second.headers))
