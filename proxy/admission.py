@@ -210,10 +210,10 @@ class Origin:
 class Ticket:
     """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
-    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "granted_at", "route", "send", "sends")
+    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "route", "sends")
 
     def __init__(
-        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, now: float, charged: Limiter | None
+        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, charged: Limiter | None
     ) -> None:
         self._admission = admission
         self._origin = origin
@@ -221,8 +221,6 @@ class Ticket:
         self._done = False
         self._charged = charged
         self.route = route
-        self.granted_at = now
-        self.send: Send | None = None
         self.sends: tuple[Send, Send, Send] | None = None
 
     def __enter__(self) -> Self:
@@ -238,8 +236,7 @@ class Ticket:
         if self.sends is None and not self._done:
             now = self._admission.clock.now()
             route, shared, account = self._queue.buckets
-            self.send = route.stamp(now)
-            self.sends = (self.send, shared.stamp(now), account.stamp(now))
+            self.sends = (route.stamp(now), shared.stamp(now), account.stamp(now))
             self._admission.changed(self._origin, self._queue)
 
     def answered(self, response: Response) -> bool:
@@ -262,7 +259,7 @@ class Ticket:
                 bucket.give_back()
             if self._charged is not None:
                 self._charged.give_back()
-        elif self.send is not None and self.send.accepted is None:
+        elif self.sends[0].accepted is None:
             # No answer came, but none came at once either, as refusals do: its spacing is not in doubt.
             for send in self.sends:
                 send.settle(True)
@@ -321,7 +318,7 @@ class Admission:
         if not origin.waiting and queue.may_go(now) and origin.delay() <= 0:
             # Nobody waits and nothing is in the way: the same grant without a line.
             turn.returning = True
-            return Ticket(self, origin, queue, route, now, self._charge(origin, queue))
+            return Ticket(self, origin, queue, route, self._charge(origin, queue))
         expected = self._expected(origin, queue, now, returning=turn.returning)
         if expected > until:
             raise too_long(queue, expected - now, until - now)
@@ -335,7 +332,7 @@ class Admission:
             raise waiting.refusal
         if not waiting.granted:
             await self._wait(origin, queue, waiting, route)
-        return Ticket(self, origin, queue, route, self.clock.now(), waiting.charged)
+        return Ticket(self, origin, queue, route, waiting.charged)
 
     def _join(self, origin: Origin, queue: _Queue, waiting: Turn) -> None:
         queue.join(waiting)
@@ -361,7 +358,7 @@ class Admission:
         except asyncio.CancelledError:
             # The turn may have come, or been refused, in the very tick in which the caller left.
             if waiting.granted:
-                Ticket(self, origin, queue, route, self.clock.now(), waiting.charged).close()
+                Ticket(self, origin, queue, route, waiting.charged).close()
             elif not waiting.left:
                 self._leave(origin, queue, waiting)
                 self._dispatch(origin)

@@ -53,8 +53,6 @@ class Request:
     """Origin-form target, exactly as on the wire."""
     headers: Headers
     body: bytes = b""
-    peer: str = ""
-    """The address of the connection, for logs only."""
 
 
 class Rest(Protocol):

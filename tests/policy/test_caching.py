@@ -340,13 +340,13 @@ class NoRest:
     """What follows a large answer, never read."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        raise NotImplementedError
+        raise AssertionError("nobody was to touch it")
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        raise NotImplementedError
+        raise AssertionError("nobody was to touch it")
 
     def close(self) -> None:
-        raise NotImplementedError
+        raise AssertionError("nobody was to touch it")
 
 
 OFFERS = b'{"offers": [{"id": 1}]}'
