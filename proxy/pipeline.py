@@ -362,7 +362,7 @@ class Pipeline:
             journey.fallback = await self._stale(known)
             fetched.was_stale = journey.fallback is not None
         concluded = False
-        kept_off = 0
+        kept_off = 0.0
         try:
             while True:
                 outcome, too_often = await self._attempt(journey, flight, fetched)
@@ -376,17 +376,16 @@ class Pipeline:
                     fetched.outcome, again, pause = outcome, False, 0.0
                     if outcome.code == "upstream_unreachable":
                         # Not asked, since others have asked in vain. Worth a wait if it is soon asked again.
-                        kept_off += 1
                         pause = outcome.retry_after or 0.0
-                        again = fetched.attempts - fetched.refusals + kept_off < known.settings.retry.max_attempts
-                        again = again and pause <= known.settings.retry.backoff_max and journey.fallback is None
+                        kept_off += pause
+                        again = kept_off <= known.settings.retry.backoff_max and journey.fallback is None
                         again = again and self._worth_waiting(journey, pause)
                     elif journey.fallback is not None and outcome.code == "wait_too_long":
                         # It was not to wait longer than for a stale answer: if a write has voided that, it is.
                         journey.fallback = await self._stale(known)
                         again = journey.fallback is None and self.clock.now() < journey.turn.deadline
                 else:
-                    failures = fetched.attempts - fetched.refusals + kept_off
+                    failures = fetched.attempts - fetched.refusals
                     dates = self._dates(journey.entry) if journey.entry is not None else retrying.NO_DATES
                     fetched.outcome = retrying.verdict(known.route, outcome, failures, dates)
                     again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)

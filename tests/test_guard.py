@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from typing import Any
 
+import aiohttp
 import pytest
 from conftest import Answer, Gateway, Start
 from fake_vast import Behaviour, Fault, Kind, Limit
+from raw import RawUpstream, Wire, answer, request
 
 pytestmark = pytest.mark.looptime
 
@@ -282,3 +285,158 @@ async def test_an_unknown_outcome_of_a_keyed_write_stays_so_and_another_key_send
     await asyncio.sleep(600)
     assert (await gateway.put(LAUNCH, LAUNCHED, **keyed())).json == first.json
     contract(await gateway.put(LAUNCH, LAUNCHED, **keyed("two")))
+
+
+# --- Who left as the answer came --------------------------------------------------------------------------------------
+
+
+LAUNCH_BYTES = request(LAUNCH, "Authorization: Bearer k", method="PUT", body=json.dumps(LAUNCHED).encode())
+
+
+async def test_who_closes_with_its_answer_unread_has_not_heard(start: Start) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True)
+    gateway.fake.faults.append(Fault(match="PUT /api/v0/launch_instance/", kind="slow", delay=10))
+    async with await Wire.to(gateway) as wire:
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await wire.send(LAUNCH_BYTES)
+        await asyncio.sleep(11)
+        assert gateway.fake.count("rented") == 1
+    await asyncio.sleep(0.1)
+    headers = {"Authorization": "Bearer k", "User-Agent": ""}
+    raw = LAUNCH_BYTES.partition(b"\r\n\r\n")[2]
+    for collapsed in ("; collapsed", ""):
+        again = await gateway("PUT", LAUNCH, headers=headers, data=raw)
+        assert again.cache == f"fwd=method{collapsed}"
+    assert gateway.fake.count("rented") == 2
+
+
+async def test_who_ends_the_connection_before_it_has_taken_all_has_not_heard(start: Start) -> None:
+    long = answer("Content-Type: application/json", body=b" " * 900_000 + b'{"success": true}')
+    async with RawUpstream(long) as upstream:
+        gateway: Gateway = await start(fake=upstream, limits={"scale": 1e-6, "global": None})
+        async with await Wire.to(gateway) as wire:
+            wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await wire.send(LAUNCH_BYTES)
+            await asyncio.sleep(1)
+            wire.writer.write_eof()
+            await asyncio.sleep(1)
+            async with await Wire.to(gateway) as second:
+                told = json.loads((await second.ask(LAUNCH_BYTES)).body)
+        assert told["error"] == "outcome_unknown"
+        assert "answered 200, at more length than is kept" in told["msg"]
+        assert len(upstream.seen) == 1
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close"])
+async def test_who_reads_its_answer_and_closes_has_heard(start: Start, more: str) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True)
+    for _ in range(2):
+        async with await Wire.to(gateway) as wire:
+            lines = ["Authorization: Bearer k", *([more] if more else [])]
+            got = await wire.ask(request(LAUNCH, *lines, method="PUT", body=json.dumps(LAUNCHED).encode()))
+            assert got.status == 200
+            wire.writer.close()
+            await asyncio.sleep(0.1)
+    assert gateway.fake.count("rented") == 2
+
+
+# --- Over a restart ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crash", [True, False])
+async def test_a_write_that_was_cut_off_is_not_sent_by_the_next_process(start: Start, crash: bool) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True, drain={"timeout": 1})
+    gateway.fake.faults.append(Fault(match="PUT /api/v0/launch_instance/", kind="slow", delay=50))
+    asked = asyncio.ensure_future(gateway.put(LAUNCH, LAUNCHED))
+    await asyncio.sleep(5)
+    await gateway.restart(crash=crash, pause=3)
+    if crash:
+        with pytest.raises(aiohttp.ClientError):
+            await asked
+    else:
+        told = await asked
+        assert (told.status, told.json["error"]) == (500, "outcome_unknown")
+        assert "was stopped before the answer came" in told.json["msg"]
+    again = await gateway.put(LAUNCH, LAUNCHED)
+    assert (again.status, again.json["error"]) == (500, "outcome_unknown")
+    assert "it was sent on 2026-07-25 17:20:00 UTC" in again.json["msg"]
+    await asyncio.sleep(61)
+    contract(await gateway.put(LAUNCH, LAUNCHED))
+    assert gateway.fake.count("rented") == 2
+
+
+@pytest.mark.parametrize("crash", [True, False])
+async def test_what_was_heard_before_a_restart_is_sent_after_it(start: Start, crash: bool) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True)
+    contract(await gateway.put(LAUNCH, LAUNCHED))
+    await gateway.restart(crash=crash)
+    contract(await gateway.put(LAUNCH, LAUNCHED))
+    assert gateway.fake.count("rented") == 2
+
+
+@pytest.mark.parametrize("crash", [True, False])
+async def test_a_key_is_remembered_over_a_restart(start: Start, crash: bool) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True)
+    contract(await gateway.put(LAUNCH, LAUNCHED, **keyed()))
+    for _ in range(2):
+        await gateway.restart(crash=crash)
+        again = await gateway.put(LAUNCH, LAUNCHED, **keyed())
+        assert (again.status, again.json["error"]) == (500, "outcome_unknown")
+        assert "answered 200" in again.json["msg"]
+    assert gateway.fake.count("rented") == 1
+
+
+async def test_no_secret_is_in_the_journal(start: Start) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True)
+    body = LAUNCHED | {"env": {"HF_TOKEN": "hush-hush"}}
+    await gateway.put(f"{LAUNCH}?api_key=my-secret-key", body, key="my-secret-key", **keyed("my-secret-idempotency"))
+    journal = gateway.app.ledger._journal.path
+    assert journal is not None
+    assert journal.stat().st_mode & 0o077 == 0
+    text = journal.read_text()
+    assert "sent" in text
+    assert "ended" in text
+    for secret in ("my-secret", "hush", "instance_api_key", "new_contract"):
+        assert secret not in text
+
+
+# --- The end ----------------------------------------------------------------------------------------------------------
+
+
+async def test_at_the_end_what_waits_is_told_at_once_and_what_is_upstream_is_finished(start: Start) -> None:
+    gateway: Gateway = await start(Behaviour(), limits={"global": None})
+    gateway.fake.faults.append(Fault(match="PUT /api/v0/launch_instance/", kind="slow", delay=10))
+    asked = [asyncio.ensure_future(gateway.put(LAUNCH, LAUNCHED)) for _ in range(3)]
+    await asyncio.sleep(5)
+    began = gateway.now()
+    await gateway.app.stop()
+    first, *others = [await one for one in asked]
+    contract(first)
+    assert gateway.now() - began == pytest.approx(5, abs=0.2)
+    for other in others:
+        assert (other.status, other.json["error"], other.headers["Retry-After"]) == (503, "restarting", "5")
+    assert gateway.fake.count("rented") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("PUT", LAUNCH, 500, "outcome_unknown"),
+        ("PUT", "/api/v0/instances/31000001/", 503, "restarting"),
+        ("GET", "/api/v1/instances/", 503, "restarting"),
+        ("GET", "/api/v0/secrets/", 503, "restarting"),
+    ],
+)
+async def test_who_cannot_be_answered_in_time_is_told_so_and_not_cut_off(
+    start: Start, method: str, path: str, status: int, code: str
+) -> None:
+    gateway: Gateway = await start(Behaviour(), fast=True, drain={"timeout": 3})
+    gateway.fake.faults.append(Fault(kind="slow", delay=50))
+    asked = asyncio.ensure_future(gateway(method, path, LAUNCHED if method == "PUT" else None))
+    await asyncio.sleep(1)
+    began = gateway.now()
+    await gateway.app.stop()
+    told = await asked
+    assert (told.status, told.json["error"]) == (status, code)
+    assert gateway.now() - began < 4

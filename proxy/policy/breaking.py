@@ -13,6 +13,7 @@ BUDGET, REFILL, EARNED = 10.0, 0.2, 0.2
 """Retries that may be made at once, and what comes back of them in a second, and with each call that is answered."""
 PROBE_FOR = 30.0
 """Seconds after which a probe without an answer is no longer waited for before the next."""
+LOOK_AGAIN = 1.0
 MOST_ROUTES = 1000
 
 
@@ -46,9 +47,9 @@ class _Health:
     """The last failure, in words."""
 
     def wait(self, now: float) -> float:
-        """Seconds until the next may go: while a probe is on its way, until it should have come back."""
+        """Seconds until the next may go, or, while a probe is on its way, until it is worth looking again."""
         wait = max(0.0, self.until - now) if self.opened else 0.0
-        return min(wait, self.pause) if self.probed else wait
+        return min(wait, LOOK_AGAIN) if self.probed else wait
 
 
 @dataclass(slots=True)
