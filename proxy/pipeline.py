@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -557,16 +557,15 @@ class Pipeline:
     async def _end_epochs(self, journey: _Journey, outcome: Response | Refusal) -> None:
         """After a write that was, or may have been, done: nothing read before its end is found any more."""
         known = journey.known
+        settings, families = known.settings, known.settings.routes.families
         ended = _NOBODY if journey.in_doubt else outcome
-        await self._begin(caching.epochs_of_write(known.route, known.caller, ended, known.settings.routes.families))
-
-    async def _begin(self, epochs: Sequence[str]) -> None:
-        for name in epochs:
+        for name in caching.epochs_of_write(known.route, known.caller, ended, families):
+            life = caching.epoch_life(name, families, settings.cache)
             while True:
                 before = await self.store.get(name)
                 # By the clock, so that an epoch never comes again, not even after its name was forgotten.
                 after = max(int(before or b"0") + 1, int(await self.store.now() * 1e6))
-                if await self.store.swap(name, before, str(after).encode(), caching.EPOCH_FOR):
+                if await self.store.swap(name, before, str(after).encode(), life):
                     break
 
 
