@@ -14,6 +14,7 @@ EVERYTHING = {file.stem for file in PROXY.glob("*.py")} | {"policy", ""}
 
 MAY_IMPORT = {
     "clock": set(),
+    "bounds": {"clock"},
     "coalescer": set(),
     "store": {"clock"},
     "settings": {"policy"},
@@ -21,7 +22,7 @@ MAY_IMPORT = {
     "admin": {"policy"},
     "admission": {"clock", "policy"},
     "pipeline": {"admission", "clock", "coalescer", "policy", "settings", "store"},
-    "server": {"clock", "pipeline", "policy", "settings"},
+    "server": {"bounds", "clock", "pipeline", "policy", "settings"},
     "app": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": set(),
