@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -36,6 +36,8 @@ REQUESTS_KEPT, LONGEST_KEPT, LONGEST_SHARED = 1024, 4096, 256
 """How many requests' meanings are kept, the longest body and the longest shared field (bytes)."""
 LEAST_RATE = 500.0
 """Bytes of a body for which its deadline moves by a second (mod_reqtimeout of Apache: `body=20,MinRate=500`)."""
+READ_AHEAD = 64 * 1024
+"""Bytes of the bodies of pipelined requests after which no more is read, until their turn comes."""
 TURNED_AWAY, TURNING_AWAY = 64, 1.0
 """How many clients that found no room may be read from at once, and for how many seconds."""
 OURS = "/_proxy"
@@ -252,10 +254,9 @@ class _Connection(RequestHandler):
         """It was reset, for the client took nothing of its answer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         rules = self._server.rules
         if not self._server.clients.admit(self, rules.max_connections):
-            self._server.turn_away(transport)
+            self._server.turn_away(cast("asyncio.Transport", transport))
             return
         super().connection_made(transport)
         notice_silence(transport, rules.send_timeout)
@@ -282,11 +283,22 @@ class _Connection(RequestHandler):
             self._begun = True
             if not self._due:
                 self._expect_head()
+        pipelined = self._request_in_progress or len(self._messages) > 1
+        if pipelined and not self._buffer_paused and self._read_ahead() > READ_AHEAD:
+            self._pause_reading_for_buffer()
         request = self._current_request
         broken = bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
         if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
             request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+
+    def _read_ahead(self) -> int:
+        """Bytes of bodies whose turn has not come: nobody counts them yet, so they must stay few."""
+        return sum(body.total_bytes for _, body in self._messages)
+
+    def _resume_reading_if_drained(self) -> None:
+        if self._read_ahead() <= READ_AHEAD:
+            super()._resume_reading_if_drained()
 
     def _expect_head(self) -> None:
         patience = self._server.rules.header_timeout
@@ -331,7 +343,7 @@ class _Connection(RequestHandler):
             if transport.get_write_buffer_size():
                 self._watch_over_unsent()
             elif resp.keep_alive:
-                self._rest()
+                self._idle()
             if self._begun and not self._messages:
                 self._expect_head()
         return resp, reset
@@ -362,9 +374,9 @@ class _Connection(RequestHandler):
     def _drained(self) -> None:
         self._unsent = None
         if not self._request_in_progress:
-            self._rest()
+            self._idle()
 
-    def _rest(self) -> None:
+    def _idle(self) -> None:
         """Nothing is asked, nothing is left to be sent: another may have its place."""
         if not self._messages and not self._close and not self._force_close:
             self._server.clients.idle(self)

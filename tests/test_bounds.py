@@ -8,13 +8,14 @@ import json
 import logging
 import resource
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from conftest import Gateway, Start
+from conftest import Gateway, Start, settings_for
 from raw import OK, Got, RawUpstream, Wire, answer, request
 from test_server import MIB, PLAIN, SHARED, ask, between, is_ours
 
@@ -85,11 +86,11 @@ async def kernel() -> None:
 
 
 @asynccontextmanager
-async def stalled(gateway: Gateway, data: bytes) -> AsyncIterator[socket.socket]:
-    """A client that asks and does not read; what fits into the sockets between is little, and has come to rest."""
+async def stalled(gateway: Gateway, data: bytes, *, between: int = 16384) -> AsyncIterator[socket.socket]:
+    """A client that asks and does not read; what fits into the sockets `between` is little, and has come to rest."""
     assert gateway.app._listener is not None
     for listener in gateway.app._listener.sockets:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, between)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
         client.setblocking(False)
@@ -166,7 +167,11 @@ async def test_between_two_requests_there_is_all_the_time_of_keepalive(start: St
         for _ in range(3):
             assert (await wire.ask(request(PLAIN))).status == 200
             await asyncio.sleep(70)
-        assert (await wire.ask(request(PLAIN, method="POST", body=b"{}"))).status == 200
+        await wire.send(request(PLAIN, "Content-Length: 2", method="POST"))
+        for part in (b"{", b"}"):
+            await asyncio.sleep(1)
+            await wire.send(part)
+        assert (await wire.answer()).status == 200
         ended = gateway.now()
         assert await wire.rest() == b""
         assert gateway.now() - ended == pytest.approx(75, abs=0.5)
@@ -335,6 +340,19 @@ async def test_a_body_is_given_back_whatever_becomes_of_its_request(
         assert repr(gateway.app.server.bodies) == "<Bodies 0 bytes for 0>"
 
 
+async def test_bodies_that_wait_behind_a_slow_answer_are_not_read_far_ahead(start: Start, parser: str) -> None:
+    bodies = [b"%d" % number * 100_000 for number in range(8)]
+    async with between(start, after(30), OK) as (gateway, upstream), await Wire.to(gateway) as wire:
+        everything = b"".join(request(PLAIN, method="POST", body=body) for body in bodies)
+        sending = asyncio.create_task(wire.send(request(PLAIN) + everything))
+        await asyncio.sleep(20)
+        (connection,) = gateway.app.server.connections
+        assert sum(body.total_bytes for _, body in connection._messages) < 64 * 1024 + 256 * 1024
+        assert [(await wire.answer()).status for _ in range(9)] == [200] * 9
+        await sending
+        assert [seen.body for seen in upstream.seen] == [b"", *bodies]
+
+
 def test_what_there_is_no_room_for_changes_nothing() -> None:
     bodies = Bodies()
     assert bodies.take("a", 6, 10)
@@ -368,10 +386,17 @@ async def test_who_does_not_read_a_large_answer_gives_its_slot_back(start: Start
             assert repr(gateway.app.admission).startswith("<Admission 0 waiting, 0 in flight")
 
 
-async def test_a_slow_reader_is_waited_for(start: Start) -> None:
+@pytest.mark.parametrize(
+    "between_them",
+    [16384, pytest.param(200_000, marks=pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells"))],
+)
+async def test_a_slow_reader_is_waited_for(start: Start, between_them: int) -> None:
     size = 2 * MIB
     large = pieces((0, b"x" * size), head=f"Content-Length: {size}")
-    async with between(start, large) as (gateway, _), stalled(gateway, request(PLAIN)) as client:
+    async with (
+        between(start, large) as (gateway, _),
+        stalled(gateway, request(PLAIN), between=between_them) as client,
+    ):
         taken = 0
         for _ in range(10):
             await asyncio.sleep(50)
@@ -497,10 +522,18 @@ async def test_where_all_have_a_request_in_progress_the_new_one_is_told_so(start
             got = await ask(gateway, request(PLAIN, method="POST", body=b"x" * 100_000))
             assert (got.status, code(got)) == (503, "too_many_connections")
             assert (got.all("Retry-After"), got.all("Connection")) == (["5"], ["close"])
+        with socket.socket() as late:
+            late.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(late, (gateway.app.address.host, gateway.app.address.port))
+            await asyncio.sleep(0.5)
+            for part in (request(PLAIN, "Content-Length: 9", method="POST"), b"body", b" body"):
+                await loop.sock_sendall(late, part)  # which a reset would not let it do
+            assert (await loop.sock_recv(late, 65536)).startswith(b"HTTP/1.1 503 ")
         async with await Wire.to(gateway) as silent:
             assert (await silent.answer()).status == 503
             assert await silent.rest() == b""
-        assert gateway.now() - before < 2
+        assert gateway.now() - before < 3
         assert [(await wire.answer()).status for wire in wires] == [200, 200]
         assert (await ask(gateway, request(PLAIN))).status == 200
         await asyncio.sleep(2)
@@ -525,8 +558,6 @@ async def test_a_reload_changes_the_bounds(start: Start, tmp_path: Any) -> None:
     async with between(start, after(40)) as (gateway, _):
         wires = [await Wire.to(gateway) for _ in range(3)]
         await asyncio.sleep(1)
-        from conftest import settings_for
-
         given = {"server": {"max_connections": 1, "header_timeout": 5}, "limits": {"scale": 1e-6, "global": None}}
         gateway.app.reload(settings_for(gateway.fake.url, tmp_path, given))
         async with await Wire.to(gateway) as last:
