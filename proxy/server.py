@@ -109,7 +109,8 @@ class Server(web.Server):
             exchange.left = not exchange.code  # else it was us who broke it off
             raise
         finally:
-            self.bodies.give_back(request.protocol)
+            if self.bodies.size:
+                self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
             for observe in self._observers:
                 observe(exchange)
@@ -272,10 +273,11 @@ class _Connection(RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before, in_body = self._request_count, not self._incoming.is_eof()
+        before, incoming, messages = self._request_count, self._incoming, self._messages
+        in_body = incoming is not EMPTY_PAYLOAD and not incoming.is_eof()
         super().data_received(data)
         if self._request_count != before:
-            self._incoming = self._messages[-1][1]
+            self._incoming = messages[-1][1]
             self._begun, self._due = False, 0.0
             self._server.clients.busy(self)
         elif data and not in_body and not self._begun:
@@ -283,11 +285,11 @@ class _Connection(RequestHandler):
             self._begun = True
             if not self._due:
                 self._expect_head()
-        pipelined = self._request_in_progress or len(self._messages) > 1
+        pipelined = self._request_in_progress or len(messages) > 1
         if pipelined and not self._buffer_paused and self._read_ahead() > READ_AHEAD:
             self._pause_reading_for_buffer()
         request = self._current_request
-        broken = bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
+        broken = bool(messages) and isinstance(messages[-1][0], _ErrInfo)
         if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
             request.content.set_exception(web.RequestPayloadError("the body is not valid"))
@@ -334,19 +336,18 @@ class _Connection(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         self.look()
-        resp, reset = await super().finish_response(request, resp, start_time)
-        self.look()
-        if self.writing_paused and self.transport is not None:
-            await self._drain_helper()  # who asks and asks, and takes no answer, is not answered without end
+        told = await super().finish_response(request, resp, start_time)
         transport = self.transport
-        if transport is not None and not reset:
-            if transport.get_write_buffer_size():
-                self._watch_over_unsent()
-            elif resp.keep_alive:
-                self._idle()
-            if self._begun and not self._messages:
-                self._expect_head()
-        return resp, reset
+        if transport is not None and transport.get_write_buffer_size():
+            self.look()
+            self._watch_over_unsent()
+            if self._paused:
+                await self._drain_helper()  # who asks and asks, and takes no answer, is not answered without end
+        elif resp.keep_alive:
+            self._idle()
+        if self._begun:
+            self._expect_head()
+        return told
 
     def pause_writing(self) -> None:
         super().pause_writing()
