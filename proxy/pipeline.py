@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +12,9 @@ from cachetools import TTLCache
 from .admission import Admission, Turn
 from .clock import Clock
 from .coalescer import Coalescer, Flight
-from .policy import caching, queueing, retrying
+from .ledger import Entry, Ledger
+from .policy import caching, guarding, queueing, retrying
+from .policy.breaking import Breaker
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller, identify
@@ -94,6 +95,8 @@ class Understood:
     """The interim answer that keeps this client waiting; empty: none."""
     patience: float
     """Seconds for which it can be held."""
+    idempotency_key: str = ""
+    """By which a write says itself whether it is another one."""
     seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
@@ -117,6 +120,8 @@ class _Journey:
     """As it is sent."""
     turn: Turn
     began: float
+    entry: Entry | None = None
+    """Of a write: where it is remembered."""
     stale_allowed: bool = False
     fallback: _Stale | None = None
     """What there was to fall back on when it began."""
@@ -154,6 +159,8 @@ class Pipeline:
         clock: Clock,
         store: Store,
         admission: Admission,
+        ledger: Ledger,
+        breakers: Mapping[str, Breaker],
         upstream: Sender,
         chance: Callable[[], float],
     ) -> None:
@@ -161,6 +168,8 @@ class Pipeline:
         self.clock = clock
         self.store = store
         self.admission = admission
+        self.ledger = ledger
+        self.breakers = breakers
         self.upstream = upstream
         self.chance = chance
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
@@ -176,17 +185,20 @@ class Pipeline:
         settings = self.settings
         caller = identify(request)
         route = settings.routes.match(request.method, request.target)
+        key = "" if route.is_read else guarding.idempotency_key(request)
+        if any(name.lower() == guarding.FIELD for name, _ in request.headers):  # it is for us
+            passed_on = tuple(item for item in request.headers if item[0].lower() != guarding.FIELD)
+            request = replace(request, headers=passed_on)
         asked = caching.directives(request.headers)
         question = None
         if route.collapse and not asked.no_store and caching.may_share(route, request):
-            origin = settings.upstreams.serverless if route.upstream == "serverless" else settings.upstreams.api
-            question = caching.question(route, request, caller, settings.cache, origin)
+            question = caching.question(route, request, caller, settings.cache, _origin(settings, route))
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
         epochs = caching.epochs_of_read(route, caller, settings.cache)
         stored = question is not None and route.family is not None
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
-        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience)
+        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key)
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
@@ -218,6 +230,8 @@ class Pipeline:
         self, known: Understood, exchange: Exchange, watch: Watch = lambda flight: None
     ) -> Coroutine[Any, Any, Response]:
         """An answer from upstream, waited for in its turn. `watch` is shown the flight. Raises Refusal."""
+        if not known.route.is_read:
+            return self._write(known, exchange, watch)
         turn = self._turn(known)
         if known.question is None or known.asked.no_cache:
             return self._alone(known, turn, exchange, watch)
@@ -226,23 +240,62 @@ class Pipeline:
     # --- Alone or together --------------------------------------------------------------------------------------------
 
     async def _alone(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
-        """A call that is shared with nobody: a write, or a read that asks for an answer of its own."""
+        """A read that asks for an answer of its own."""
         journey = _Journey(known, known.request, turn, self.clock.now())
-        if known.route.is_read and known.question is None:
+        if known.question is None:
             # Of no use to anybody else: it goes when its caller goes.
             flight: Flight[Fetched] = Flight()
             flight.members = 1
             watch(flight)
             fetched = await self._fetch(journey, flight)
-        else:
-            landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
-            assert landed is not None  # nobody else can have taken it
-            fetched = landed
-        if known.question is None:
             if fetched.cache is CacheStatus.MISS:
                 fetched.cache = CacheStatus.BYPASS
             return self._told(fetched, None, exchange, collapsed=False)
-        return self._told(fetched, known.request.headers, exchange, collapsed=False)
+        landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
+        assert landed is not None  # nobody else can have taken it
+        return self._told(landed, known.request.headers, exchange, collapsed=False)
+
+    async def _write(self, known: Understood, exchange: Exchange, watch: Watch) -> Response:
+        """A call that changes something: sent, unless it is the same that was sent already and nobody has heard of."""
+        request, route = known.request, known.route
+        origin = _origin(known.settings, route)
+        entry = self.ledger.open(guarding.describe(request, route, known.caller, origin, known.idempotency_key))
+        try:
+            fetched, adopted = None, True
+            if entry.ended is None:
+                fetched, adopted = await self.flights.join(
+                    entry.name,
+                    lambda flight: self._fetch(
+                        _Journey(known, request, self._turn(known), self.clock.now(), entry), flight
+                    ),
+                    watch,
+                )
+        except BaseException:
+            self.ledger.gone(entry)
+            raise
+        if fetched is None:
+            fetched = Fetched(entry.outcome or retrying.unknown(route, entry.what, self._dates(entry)))
+        if fetched.cache is CacheStatus.MISS and not adopted:
+            fetched.cache = CacheStatus.BYPASS
+        try:
+            response = self._told(fetched, None, exchange, collapsed=adopted)
+        except Refusal:
+            self.ledger.told(entry)
+            raise
+        return replace(response, receipt=_Receipt(self.ledger, entry))
+
+    def _dates(self, entry: Entry) -> retrying.Dates:
+        until = entry.until_on if entry.ended is not None else self.ledger.again_from(entry.write)
+        return retrying.Dates(entry.sent_on if entry.sent is not None else None, until, bool(entry.write.key))
+
+    def cut_short(self, known: Understood, progress: Progress | None) -> Refusal:
+        """What is told to one who can be held no longer, since the proxy ends."""
+        route = known.route
+        write = guarding.describe(
+            known.request, route, known.caller, _origin(known.settings, route), known.idempotency_key
+        )
+        dates = retrying.Dates(None, self.ledger.again_from(write), bool(write.key))
+        return retrying.cut_short(route, progress is not None and progress.busy, dates)
 
     async def _together(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """Join the flight that asks the same, or lead one."""
@@ -250,7 +303,7 @@ class Pipeline:
         stale_allowed = known.asked.max_age is None
         if not stale_allowed:
             key = f"{key}!fresh"
-        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed)
+        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed=stale_allowed)
         fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
         if fetched is None:  # too large to be shared
             return await self._alone(known, turn, exchange, watch)
@@ -309,26 +362,37 @@ class Pipeline:
             journey.fallback = await self._stale(known)
             fetched.was_stale = journey.fallback is not None
         concluded = False
+        kept_off = 0.0
         try:
             while True:
                 outcome, too_often = await self._attempt(journey, flight, fetched)
                 if too_often:
                     fetched.refusals += 1
+                    if journey.entry is not None:
+                        self.ledger.undone(journey.entry)
                     fetched.outcome = _too_often(known.route)
                     again, pause = fetched.refusals < MAX_429, 0.0
                 elif isinstance(outcome, Refusal):
                     fetched.outcome, again, pause = outcome, False, 0.0
-                    if journey.fallback is not None and outcome.code == "wait_too_long":
+                    if outcome.code == "upstream_unreachable":
+                        # Not asked, since others have asked in vain. Worth a wait if it is soon asked again.
+                        pause = outcome.retry_after or 0.0
+                        kept_off += pause
+                        again = kept_off <= known.settings.retry.backoff_max and journey.fallback is None
+                        again = again and self._worth_waiting(journey, pause)
+                    elif journey.fallback is not None and outcome.code == "wait_too_long":
                         # It was not to wait longer than for a stale answer: if a write has voided that, it is.
                         journey.fallback = await self._stale(known)
                         again = journey.fallback is None and self.clock.now() < journey.turn.deadline
                 else:
                     failures = fetched.attempts - fetched.refusals
-                    fetched.outcome = retrying.verdict(known.route, outcome, failures)
+                    dates = self._dates(journey.entry) if journey.entry is not None else retrying.NO_DATES
+                    fetched.outcome = retrying.verdict(known.route, outcome, failures, dates)
                     again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)
                     again = again and failures < known.settings.retry.max_attempts
                     pause = retrying.backoff(known.settings.retry, failures, self.chance()) if again else 0.0
                     again = again and self._worth_waiting(journey, pause)
+                    again = again and self.breakers[known.route.upstream].may_retry(self.clock.now())
                     if not isinstance(outcome, UpstreamError) or outcome.sent:
                         # Done, or it may have been: of an earlier try nobody learns any more.
                         journey.in_doubt |= again
@@ -342,6 +406,8 @@ class Pipeline:
                     await self.clock.sleep(pause)
             if journey.acted and not known.route.is_read:
                 await self._end_epochs(journey, fetched.outcome)
+            if journey.entry is not None:
+                self._conclude(journey.entry, journey.acted, fetched.outcome)
             concluded = True
         finally:
             if not concluded:
@@ -350,7 +416,20 @@ class Pipeline:
                 if journey.acted and not known.route.is_read:
                     # Cancelled between two tries of a write: one of them may have been done.
                     await self._end_epochs(journey, _NOBODY)
+                if journey.entry is not None and not flight.keep:
+                    self.ledger.undone(journey.entry)
         return await self._settle(journey, fetched) if known.lifetime is not None else fetched
+
+    def _conclude(self, entry: Entry, acted: bool, outcome: Response | Refusal) -> None:
+        """Remember what came of a write, if doing it again would not be the same."""
+        if isinstance(outcome, Refusal):
+            over = outcome.code == "outcome_unknown"
+        else:
+            over = acted and not retrying.failed(outcome)
+        if over:
+            self.ledger.ended(entry, outcome)
+        else:
+            self.ledger.undone(entry)
 
     def _worth_waiting(self, journey: _Journey, pause: float) -> bool:
         """Is another try to be waited for, rather than the failure told or the stale answer served?"""
@@ -370,22 +449,33 @@ class Pipeline:
         ):
             # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
+        breaker = self.breakers[known.route.upstream]
         began = clock.now()
+        away = breaker.check(known.route.name, began)
+        if away is not None:
+            return away, False
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
             return refusal, False
         finally:
             fetched.queued += clock.now() - began
+        leave = breaker.enter(known.route.name, clock.now())
+        if isinstance(leave, Refusal):
+            ticket.close()
+            return leave, False
 
         def sent() -> None:
             ticket.sent()
+            if journey.entry is not None:
+                self.ledger.sent(journey.entry)
             flight.keep = journey.may_keep
             flight.busy = True
 
         granted = clock.now()
         held = False
         key = None
+        outcome: Response | UpstreamError | None = None
         try:
             if known.question is not None:
                 # As the epochs are now: what is read from here on is later than every write that has ended.
@@ -396,14 +486,20 @@ class Pipeline:
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)
+            outcome = response
             too_often = ticket.answered(response)
         except UpstreamError as error:
             fetched.attempts += 1
+            outcome = error
             return error, False
         finally:
             fetched.upstream += clock.now() - granted
             if not held:
                 ticket.close()
+            if outcome is None:
+                breaker.given_back(leave, clock.now())
+            else:
+                breaker.answered(leave, outcome, retrying.failed(outcome), clock.now())
         fetched.attempts += 1
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
@@ -468,8 +564,9 @@ class Pipeline:
         for name in epochs:
             while True:
                 before = await self.store.get(name)
-                after = str(int(before or b"0") + 1).encode()
-                if await self.store.swap(name, before, after, caching.EPOCH_FOR):
+                # By the clock, so that an epoch never comes again, not even after its name was forgotten.
+                after = max(int(before or b"0") + 1, int(await self.store.now() * 1e6))
+                if await self.store.swap(name, before, str(after).encode(), caching.EPOCH_FOR):
                     break
 
 
@@ -493,9 +590,32 @@ def _same(known: Understood) -> str:
     """Equal for a request and its repetition by the same caller."""
     if known.question is not None:
         return known.question
-    request = known.request
-    told = f"{known.caller.credential} {request.method} {request.target}\0".encode("utf-8", "surrogateescape")
-    return hashlib.sha256(told + request.body).hexdigest()
+    return guarding.fingerprint(known.request, known.caller, _origin(known.settings, known.route))
+
+
+def _origin(settings: Settings, route: Route) -> str:
+    return settings.upstreams.serverless if route.upstream == "serverless" else settings.upstreams.api
+
+
+class _Receipt:
+    """Tells the ledger whether a client has heard."""
+
+    __slots__ = ("_entry", "_ledger", "_written")
+
+    def __init__(self, ledger: Ledger, entry: Entry) -> None:
+        self._ledger = ledger
+        self._entry = entry
+        self._written = False
+
+    def written(self) -> None:
+        self._written = True
+        self._ledger.told(self._entry)
+
+    def lost(self) -> None:
+        if self._written:
+            self._ledger.unheard(self._entry)
+        else:
+            self._ledger.gone(self._entry)
 
 
 def _cut_short(response: Response) -> Response:

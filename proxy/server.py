@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import socket
 import struct
+import termios
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
@@ -26,7 +28,7 @@ from .bounds import Bodies, Connections, Unsent, notice_silence
 from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy.errors import Refusal, UpstreamError
-from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
+from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, end_to_end
 from .settings import ServerRules
 
 LONGEST_LINE = 32 * 1024
@@ -75,6 +77,7 @@ class Server(web.Server):
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
         self.bodies = Bodies()
         self._turned_away: OrderedDict[_TurnedAway, None] = OrderedDict()
+        self._holds: set[_Hold] = set()
 
     @property
     def rules(self) -> ServerRules:
@@ -84,6 +87,11 @@ class Server(web.Server):
     @property
     def clock(self) -> Clock:
         return self._clock
+
+    def cut_short(self) -> None:
+        """Answer whoever still waits: there is no more time."""
+        for hold in list(self._holds):
+            hold.cut_short()
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -176,6 +184,7 @@ class Server(web.Server):
         """Upstream's answer, with the client kept waiting by interim answers, or told to come back in time."""
         began = self._clock.now()  # who sends a long body does not wait for us meanwhile
         hold = _Hold(self._clock, known, request.transport, began)
+        self._holds.add(hold)
         try:
             return await self._pipeline.fetch(known, exchange, hold.watch)
         except asyncio.CancelledError:
@@ -183,32 +192,47 @@ class Server(web.Server):
             if not hold.over or task is None or task.uncancel() > 0:
                 raise
             exchange.queued = self._clock.now() - began
+            if hold.cut:
+                raise self._pipeline.cut_short(known, hold.flight) from None
             msg = f"{known.route.name} is still waiting for its turn; ask again and it goes on"
             raise Refusal(429, "still_queued", msg, 1) from None
         finally:
+            self._holds.discard(hold)
             hold.end()
 
 
 class _Hold:
     """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns the one timer of both."""
 
-    __slots__ = ("_clock", "_end", "_flight", "_known", "_next", "_task", "_timer", "_transport", "over")
+    __slots__ = ("_clock", "_end", "_known", "_next", "_task", "_timer", "_transport", "cut", "flight", "over")
 
     def __init__(self, clock: Clock, known: Understood, transport: asyncio.Transport | None, began: float) -> None:
         self._clock = clock
         self._known = known
         self._transport = transport
-        self._flight: Progress | None = None
+        self.flight: Progress | None = None
         self._task = asyncio.current_task()
         self._end = began + known.patience
         self._next = began + known.settings.queue.heartbeat if known.beat else self._end
         self.over = False
         """It ended the wait, not the client."""
+        self.cut = False
+        """It did so because the proxy ends."""
         self._timer = clock.call_at(min(self._next, self._end), self._tick)
 
     def watch(self, flight: Progress) -> None:
         """The call that the client waits for from now on."""
-        self._flight = flight
+        self.flight = flight
+
+    def cut_short(self) -> None:
+        """The proxy ends: whatever it waits for, it waits no more."""
+        self.cut = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.over = True
+        if self._task is not None:
+            self._task.cancel()
 
     def end(self) -> None:
         """The wait is over."""
@@ -216,10 +240,8 @@ class _Hold:
 
     def _tick(self) -> None:
         now = self._clock.now()
-        if now >= self._end and not (self._flight is not None and self._flight.busy):
-            self.over = True
-            if self._task is not None:
-                self._task.cancel()
+        if now >= self._end and not (self.flight is not None and self.flight.busy):
+            self._give_up()
             return
         if self._known.beat and now >= self._next and self._transport is not None:
             if not self._transport.is_closing():
@@ -232,13 +254,13 @@ class _Hold:
 
 
 class _Connection(RequestHandler):
-    """aiohttp's connection, with bounds to the time that a client may take, and its own refusals in JSON.
+    """aiohttp's connection, with bounds to what a client may take. Its own refusals are JSON, lost answers are told of.
 
     A head is timed as a whole, as by nginx's client_header_timeout: from its first byte, or from the beginning of the
     connection. Not while an earlier request is being answered, nor between requests: that is for `server.keepalive`.
     """
 
-    __slots__ = ("_begun", "_due", "_head_timer", "_incoming", "_server", "_unsent", "stalled")
+    __slots__ = ("_begun", "_due", "_head_timer", "_incoming", "_server", "_unsent", "receipt", "stalled")
 
     def __init__(self, server: Server, **more: Any) -> None:
         super().__init__(server, **more)
@@ -253,6 +275,8 @@ class _Connection(RequestHandler):
         self._unsent: Unsent | None = None
         self.stalled = False
         """It was reset, for the client took nothing of its answer."""
+        self.receipt: Receipt | None = None
+        """Of the last answer that was written."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         rules = self._server.rules
@@ -263,6 +287,12 @@ class _Connection(RequestHandler):
         notice_silence(transport, rules.send_timeout)
         self._expect_head()
 
+    def eof_received(self) -> None:
+        super().eof_received()
+        if self.receipt is not None and self.transport is not None and not _all_taken(self.transport):
+            self.receipt.lost()
+            self.receipt = None
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.clients.gone(self)
         if self._head_timer is not None:
@@ -270,6 +300,10 @@ class _Connection(RequestHandler):
         if self._unsent is not None:
             self._unsent.stop()
             self._unsent = None
+        if self.receipt is not None and exc is not None:
+            # Reset: by a client that left with the answer unread, or that was not there any more.
+            self.receipt.lost()
+        self.receipt = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -370,6 +404,9 @@ class _Connection(RequestHandler):
     def _stall(self, transport: asyncio.Transport) -> None:
         self._unsent = None
         self.stalled = True
+        if self.receipt is not None:
+            self.receipt.lost()
+            self.receipt = None
         _reset(transport)
 
     def _drained(self) -> None:
@@ -423,6 +460,21 @@ class _TurnedAway(asyncio.Protocol):
 
 class _Gone(Exception):
     """The client broke off while its request was being read."""
+
+
+def _all_taken(transport: asyncio.Transport) -> bool:
+    """Has the other end, which has just closed the connection, taken all that was written? True if nobody can say.
+
+    What it had not acknowledged when it closed, it has not read: a client that timed out as its answer was written.
+    """
+    if transport.get_write_buffer_size():
+        return False
+    try:
+        sock = transport.get_extra_info("socket")
+        unread = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return not unread and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except (OSError, AttributeError):
+        return True
 
 
 # --- In ---------------------------------------------------------------------------------------------------------------
@@ -568,7 +620,7 @@ def _told(exchange: Exchange, total: float) -> bytes:
         case CacheStatus.REFUSED:
             status = f"detail={exchange.code}"
         case CacheStatus.COLLAPSED:
-            status = "fwd=miss; collapsed"
+            status = f"fwd={'miss' if exchange.effect in ('read', 'search') else 'method'}; collapsed"
         case CacheStatus.MISS:
             status = f"fwd={'stale' if exchange.was_stale else 'miss'}"
             if exchange.stored:
@@ -624,9 +676,13 @@ class _Reply(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         request, response = self._request, self._response
         transport = request.transport
-        if transport is None or self._eof_sent:
+        if self._eof_sent:
             return
         self._eof_sent = True
+        if transport is None or transport.is_closing():
+            if response.receipt is not None:
+                response.receipt.lost()
+            return
         framing = b""
         body = response.body
         if _has_no_body(request, response.status):
@@ -635,8 +691,18 @@ class _Reply(web.StreamResponse):
             framing = b"Content-Length: %d\r\n" % len(body)
         keep_alive = bool(self._keep_alive)
         transport.write(_head(response, request, self._extra, framing, keep_alive=keep_alive) + body)
+        _written(request, response)
         if len(body) > 65536:
             await request.protocol._drain_helper()
+
+
+def _written(request: web.BaseRequest, response: Response) -> None:
+    """Its client has been told, as far as can be known, unless the connection turns out to have been closed before."""
+    connection = request.protocol
+    if isinstance(connection, _Connection):
+        connection.receipt = response.receipt
+    if response.receipt is not None:
+        response.receipt.written()
 
 
 class _Streamed(web.StreamResponse):
@@ -660,6 +726,7 @@ async def _stream(
     """Pass a large answer on as it comes, no faster than the client takes it."""
     rest = response.rest
     assert rest is not None
+    whole = False
     try:
         transport = request.transport
         if transport is None:
@@ -686,9 +753,13 @@ async def _stream(
             raise
         if chunked:
             transport.write(b"0\r\n\r\n")
+        _written(request, response)
+        whole = True
         return _Streamed(keep_alive=keep_alive, status=response.status)
     finally:
         rest.close()
+        if not whole and response.receipt is not None:
+            response.receipt.lost()
 
 
 def _reset(transport: asyncio.Transport) -> None:

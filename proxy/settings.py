@@ -32,7 +32,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .policy.breaking import BreakerRules
 from .policy.caching import CacheRules
+from .policy.guarding import WriteRules
 from .policy.limiting import LimitRules
 from .policy.queueing import QueueRules
 from .policy.retrying import RetryRules
@@ -110,6 +112,14 @@ class ServerRules:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainRules:
+    """How the proxy ends: `drain` in the settings."""
+
+    timeout: Seconds = 30.0
+    """How long what is at upstream has to end when the proxy is told to stop."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogRules:
     """What is written to standard error: `log` in the settings."""
 
@@ -135,7 +145,10 @@ class Settings:
     limits: LimitRules = field(default_factory=LimitRules)
     queue: QueueRules = field(default_factory=QueueRules)
     retry: RetryRules = field(default_factory=RetryRules)
+    breaker: BreakerRules = field(default_factory=BreakerRules)
+    writes: WriteRules = field(default_factory=WriteRules)
     cache: CacheRules = field(default_factory=CacheRules)
+    drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
     state: StateRules = field(default_factory=StateRules)
     routes: Routes

@@ -102,7 +102,7 @@ class Fault:
     kind: Kind
     times: int | None = 1  # None: for ever
     probability: float = 1.0
-    delay: float = 0.0
+    delay: float = 0.0  # seconds before it answers, or hangs up
     status: int = 502
     body: bytes = b""
     headers: Sequence[tuple[str, str]] = ()  # for status, status_after, refuse429
@@ -1818,12 +1818,16 @@ class FakeVast:
         call = asked.call
         match fault.kind:
             case "drop_before":
+                await asyncio.sleep(fault.delay)
                 return _hang_up(request, fault)
             case "drop_after":
                 self._act(asked)
+                await asyncio.sleep(fault.delay)
                 return _hang_up(request, fault)
             case "truncate":
-                return await self._truncated(request, call, self._act(asked), verdict, fault)
+                reply = self._act(asked)
+                await asyncio.sleep(fault.delay)
+                return await self._truncated(request, call, reply, verdict, fault)
             case "slow":
                 reply = self._act(asked)
                 await asyncio.sleep(fault.delay)
@@ -1831,9 +1835,11 @@ class FakeVast:
                 await asyncio.sleep(fault.delay)
                 reply = self._act(replace(asked, now=asyncio.get_running_loop().time(), wall=self.wall()))
             case "status":
+                await asyncio.sleep(fault.delay)
                 reply = _scripted(fault)
             case "status_after":
                 self._act(asked)
+                await asyncio.sleep(fault.delay)
                 reply = _scripted(fault)
             case "big":
                 return await self._big(request, call, fault.size, verdict)

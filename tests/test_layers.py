@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "upstream": {"policy", "settings"},
     "admin": {"policy"},
     "admission": {"clock", "policy"},
-    "pipeline": {"admission", "clock", "coalescer", "policy", "settings", "store"},
+    "ledger": {"clock", "policy"},
+    "pipeline": {"admission", "clock", "coalescer", "ledger", "policy", "settings", "store"},
     "server": {"bounds", "clock", "pipeline", "policy", "settings"},
     "app": EVERYTHING,
     "__main__": EVERYTHING,
@@ -29,6 +30,7 @@ MAY_IMPORT = {
 }
 FOREIGN = {
     "admission": {"aiolimiter"},
+    "ledger": {"cachetools"},
     "pipeline": {"cachetools"},
     "settings": {"pydantic", "pydantic_core", "yaml"},
     "store": {"cachetools"},
