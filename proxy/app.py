@@ -36,6 +36,8 @@ SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
 ORIGINS_KEPT = 8
 """Other origins whose lessons stay in the state file."""
+BACKLOG = 1024
+"""Connections that may wait to be taken in."""
 
 
 class App:
@@ -81,7 +83,7 @@ class App:
         """Listen. Raises OSError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         listen = self.settings.listen
-        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=1024)
+        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG)
         port = self._listener.sockets[0].getsockname()[1]
         self.address = Listen(listen.host, port)
         self._saver = asyncio.create_task(self._save_now_and_then())
@@ -167,6 +169,7 @@ class App:
             "waiting": self.admission.waiting,
             "in_flight": self.admission.in_flight,
             "flights": len(self.pipeline.flights),
+            "clients": {"connections": len(self.server.clients), "body_bytes": self.server.bodies.size},
             "away": {name: breaker.away for name, breaker in self.breakers.items()},
             "writes": len(self.ledger),
             "cache": {"entries": self.store.entries, "bytes": self.store.size, "max_bytes": self.store.max_bytes},
@@ -269,9 +272,29 @@ def configure_logging(rules: LogRules) -> None:
     logging.getLogger("proxy").setLevel(rules.level.upper())
 
 
+def raise_open_files(settings: Settings) -> None:
+    """Allow this process as many open files as its connections may need, or warn that they are not to be had."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    # Those that are taken in at once are open before the first of them makes room; two upstreams; the rest of it all.
+    needed = settings.server.max_connections + BACKLOG + 2 * settings.upstreams.max_connections + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    possible = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed < needed:
+        log.warning("%d open files are allowed, server.max_connections may need %d: see ulimit -Hn", allowed, needed)
+
+
 async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
     configure_logging(settings.log)
+    raise_open_files(settings)
     app = App(settings)
     try:
         await app.start()
@@ -299,6 +322,7 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
             log.error("not reloaded, the settings in force stay:\n%s", error)
             return
         configure_logging(fresh.log)
+        raise_open_files(fresh)
         kept = app.reload(fresh)
         log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
 

@@ -97,8 +97,18 @@ class ServerRules:
 
     max_body: Bytes = 32 * 1024 * 1024
     """The largest request body; a larger one is refused with 413."""
+    max_bodies: Bytes = 256 * 1024 * 1024
+    """Request bodies in memory, all clients together; beyond it 503."""
     keepalive: Seconds = 75.0
     """How long an idle connection of a client is kept."""
+    header_timeout: Seconds = 15.0
+    """For the head of a request, as a whole; 0: no limit."""
+    body_timeout: Seconds = 20.0
+    """For the body of a request, and a second more for each 500 bytes of it; also between two bytes. 0: no limit."""
+    send_timeout: Seconds = 60.0
+    """How long a client may take nothing of its answer; 0: no limit."""
+    max_connections: Count = 4096
+    """Connections of clients at once; beyond it the one that is idle longest goes, or the new one gets 503."""
 
 
 @dataclass(frozen=True, slots=True)

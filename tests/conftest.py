@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import aiohttp.client_proto
+import aiohttp.http_parser
+import aiohttp.web_protocol
 import pytest
 from fake_vast import Behaviour, FakeVast
 
@@ -178,6 +181,17 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             return gateway
 
         yield begin
+
+
+@pytest.fixture(params=["C", "Python"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both of aiohttp's parsers, whichever is installed by default."""
+    if request.param == "Python":
+        monkeypatch.setattr(aiohttp.web_protocol, "HttpRequestParser", aiohttp.http_parser.HttpRequestParserPy)
+        monkeypatch.setattr(aiohttp.client_proto, "HttpResponseParser", aiohttp.http_parser.HttpResponseParserPy)
+    else:
+        assert aiohttp.http_parser.HttpRequestParser is not aiohttp.http_parser.HttpRequestParserPy
+    return str(request.param)
 
 
 async def kill(app: App) -> None:

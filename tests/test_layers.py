@@ -14,6 +14,7 @@ EVERYTHING = {file.stem for file in PROXY.glob("*.py")} | {"policy", ""}
 
 MAY_IMPORT = {
     "clock": set(),
+    "bounds": {"clock"},
     "coalescer": set(),
     "store": {"clock"},
     "settings": {"policy"},
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "admission": {"clock", "policy"},
     "ledger": {"clock", "policy"},
     "pipeline": {"admission", "clock", "coalescer", "ledger", "policy", "settings", "store"},
-    "server": {"clock", "pipeline", "policy", "settings"},
+    "server": {"bounds", "clock", "pipeline", "policy", "settings"},
     "app": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": set(),
