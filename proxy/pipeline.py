@@ -28,6 +28,8 @@ PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 """Kept places: of so many requests, so many of one, for so many seconds."""
 
 
+POLLED_WITHIN = 30.0
+"""Seconds within which a read that comes again, the same to the byte, is a poll."""
 LARGEST_SEEN = 8 * 1024
 """Bytes of a stored answer that may be kept with the request it answers."""
 
@@ -68,11 +70,13 @@ def _drop_rest(fetched: Fetched) -> None:
 class _Seen:
     """What the store held when it was last asked: as long as nothing in it changes, the same."""
 
-    __slots__ = ("generation", "stored")
+    __slots__ = ("asked", "generation", "stored")
 
     def __init__(self) -> None:
         self.generation: int | None = None
         self.stored: Stored | None = None
+        self.asked: float | None = None
+        """When the same request last asked for more than what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +327,12 @@ class Pipeline:
                 turn = left.popleft()
                 if turn.deadline > self.clock.now():
                     return turn
-        return self.admission.arrive()
+        route, credential, who = known.route, known.caller.credential, known.caller.credential
+        last, known.seen.asked = known.seen.asked, self.clock.now()
+        polled = last is not None and self.clock.now() - last < POLLED_WITHIN
+        waiting = self.admission.waiting_of(who, route, credential)
+        urgency = queueing.urgency(route, known.request, waiting, polled)
+        return self.admission.arrive(who=who, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
         """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
