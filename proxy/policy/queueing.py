@@ -21,7 +21,7 @@ class QueueRules:
     """Bounds on waiting: `queue` in the settings."""
 
     max_waiting: Count = 10_000
-    """Requests that may wait in one line: for one endpoint, with one key."""
+    """Requests of one caller that may wait in one line: for one endpoint, with one key."""
     max_wait: Seconds = 1800.0
     """The longest a request may wait for its turn."""
     max_wait_plain: Seconds = 100.0
