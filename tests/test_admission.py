@@ -962,6 +962,18 @@ async def test_a_crowd_on_many_routes_and_keys_leaves_the_ceiling_to_others(scop
     assert world.names[-8:].count("b") == 3
 
 
+async def test_a_crowd_on_many_routes_leaves_the_account_to_others() -> None:
+    world = World()
+    world.admission.restore({"k api account": {"known": True, "interval": 3.0, "learned_at": NOON}})
+    for route in FREE[:20]:
+        crowd(world, "a", 5, route)
+    await asyncio.sleep(31.0)
+    for route in FREE[30:33]:
+        crowd(world, "b", 1, route)
+    await asyncio.sleep(21.0)
+    assert world.names[-7:].count("b") == 3
+
+
 async def test_what_stops_money_goes_before_what_waits_already() -> None:
     world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
     for route in FREE[:20]:
