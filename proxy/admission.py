@@ -312,7 +312,8 @@ class Admission:
         self._gates: dict[int, _Gate] = {}
         self._restored: dict[str, Mapping[str, Any]] = {}
         self._swept = clock.now()
-        self._over: Refusal | None = None
+        self.over: Refusal | None = None
+        """What everybody is told once the proxy is ending."""
         self.reconfigure(limits, queue, slots)
 
     @property
@@ -347,8 +348,8 @@ class Admission:
         Raises Refusal: `queue_full`, or `wait_too_long` when the turn would not come, or has not come, before the
         deadline (monotonic seconds; by default the turn's own).
         """
-        if self._over is not None:
-            raise self._over.with_traceback(None)
+        if self.over is not None:
+            raise self.over.with_traceback(None)
         now = self.clock.now()
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
@@ -740,7 +741,7 @@ class Admission:
 
     def turn_all_away(self, refusal: Refusal) -> None:
         """The end: who waits is told so, and so is who comes."""
-        self._over = refusal
+        self.over = refusal
         for line in self._waiting_lines():
             while (head := line.head()) is not None:
                 self._turn_away(self.origins[line.key[1]], line, head, refusal)
