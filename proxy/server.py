@@ -42,7 +42,7 @@ READ_AHEAD = 64 * 1024
 """Bytes of the bodies of pipelined requests after which no more is read, until their turn comes."""
 TURNED_AWAY, TURNING_AWAY = 64, 1.0
 """How many clients that found no room may be read from at once, and for how many seconds."""
-READ_WITHIN = 10.0
+READ_WITHIN = 2.0
 """Seconds within which a client that resets its connection may have left its answer unread."""
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
