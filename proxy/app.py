@@ -34,6 +34,8 @@ SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
 ORIGINS_KEPT = 8
 """Other origins whose lessons stay in the state file."""
+_UNFINISHED = ".state-"
+"""How the names of state files begin that are being written."""
 GRACE = 30.0
 """Seconds that what is under way has to end when the proxy is told to stop."""
 
@@ -173,6 +175,9 @@ class StateFile:
         """The buckets of these origins as they were dumped; nothing, with a warning, where they cannot be read."""
         if self.path is None:
             return {}
+        for left in self.path.parent.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                left.unlink()  # of a process that was killed as it wrote
         try:
             found = json.loads(self.path.read_bytes())
             learned = found["origins"]
@@ -212,7 +217,7 @@ class StateFile:
         self._origins = dict(others) | {origin: learned for origin, learned in ours.items() if learned}
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".state-")
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=_UNFINISHED)
             try:
                 with os.fdopen(handle, "w") as file:
                     json.dump({"version": 1, "origins": self._origins}, file, indent=1)
