@@ -256,17 +256,6 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
     configure_logging(settings.log)
     app = App(settings)
-    try:
-        await app.start()
-    except BaseException:
-        await app.upstream.close()
-        raise
-    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
-    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
-    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
-    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
 
@@ -285,9 +274,21 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         kept = app.reload(fresh)
         log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
 
+    # Before it listens: who sees that it does may send one at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_reload)
+    try:
+        await app.start()
+    except BaseException:
+        await app.upstream.close()
+        raise
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
+    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
+    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
+    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
+    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
