@@ -97,6 +97,22 @@ class Gateway(Client):
         return asyncio.get_running_loop().time()
 
 
+def assert_nothing_is_left(gateway: Gateway, tasks: set[asyncio.Task[Any]]) -> None:
+    """No slot, token, line, gate, flight or upstream connection is in use, and no task is there but `tasks`."""
+    admission = gateway.app.admission
+    assert (admission.waiting, admission.in_flight, admission._gates) == (0, 0, {})
+    assert all((origin.waiting, origin.in_flight) == (0, 0) for origin in admission.origins.values())
+    assert all(bucket.pending == 0 for bucket in admission._buckets.values())
+    accounts = admission._accounts.values()
+    assert all((one.bucket.pending, one.in_flight, one.waiting) == (0, 0, 0) for one in accounts)
+    assert all((len(line), line.out) == (0, 0) for line in admission._queues.values())
+    assert repr(gateway.app.pipeline.flights) == "<Coalescer 0 flights, 0 members>"
+    connector = gateway.app.upstream._session.connector
+    assert connector is not None
+    assert not connector._acquired
+    assert [task for task in asyncio.all_tasks() - tasks if "RequestHandler" not in repr(task)] == []
+
+
 Start = Callable[..., Any]
 
 
