@@ -167,6 +167,7 @@ STAGES = [
         for name, sends in {"read": READ, "kept read": KEPT, "write": WRITE, "spend": SPEND}.items()
     ),
     Stage("the body of a read goes out", says_nothing, large("/api/v0/bundles_bid_price/1/")),
+    Stage("the body of a spend goes out", says_nothing, large("/api/v0/asks/1/"), finished=True),
     Stage("a read awaits its answer", answers_late, READ),
     Stage("a read that can be stored awaits its answer", answers_late, KEPT, finished=True),
     Stage("a write awaits its answer", answers_late, WRITE, finished=True),
