@@ -80,13 +80,30 @@ class Client:
         return await self("DELETE", path, {}, **more)
 
 
+class Date:
+    """The date: it goes on with the loop's time, and is set forward or back by who likes."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self.off = 0.0
+        """Seconds by which the proxy's clock is wrong; the fake's is right."""
+
+    def right(self) -> float:
+        return NOON + self._loop.time() - self._began
+
+    def __call__(self) -> float:
+        return self.right() + self.off
+
+
 class Gateway(Client):
     """A proxy, the fake behind it, and a client of it."""
 
-    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession) -> None:
+    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession, date: Date) -> None:
         super().__init__(session, f"http://{app.address}")
         self.app = app
         self.fake = fake
+        self.date = date
 
     def offer(self, number: int = 0) -> str:
         """The path that rents an offer that is still to be had."""
@@ -137,6 +154,7 @@ def settings_for(fake_url: str, tmp_path: Path, given: Mapping[str, Any] | None 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Start a proxy in front of a fake: `await start(Behaviour(...), limits={"scale": 2})`. All ends with the test."""
+    date: Date | None = None
     async with AsyncExitStack() as stack:
 
         async def begin(
@@ -148,20 +166,16 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             fast: bool = False,
             **given: Any,
         ) -> Gateway:
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-
-            def wall() -> float:
-                return NOON + loop.time() - began
-
+            nonlocal date
+            date = date or Date()  # not sooner: the time is virtual only from here
             if fake is None:
-                fake = FakeVast(behaviour, wall=wall)
+                fake = FakeVast(behaviour, wall=date.right)
                 await fake.start(ssl_context=server_tls)
                 stack.push_async_callback(fake.stop)
             if fast:
                 given.setdefault("limits", {}).update({"scale": 1e-6, "global": None})
                 fake.behaviour = replace(fake.behaviour, scale=0.0)
-            app = App(settings_for(fake.url, tmp_path, given), wall=wall, tls=client_tls, chance=lambda: 0.5)
+            app = App(settings_for(fake.url, tmp_path, given), wall=date, tls=client_tls, chance=lambda: 0.5)
             await app.start()
             stack.push_async_callback(app.stop, 1.0)
             session = await stack.enter_async_context(
@@ -169,7 +183,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                     connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
                 )
             )
-            return Gateway(app, fake, session)
+            return Gateway(app, fake, session, date)
 
         yield begin
 
