@@ -63,6 +63,7 @@ async def measure(count: int) -> None:
                     "limits": {"global": None},
                     "routes": [{"route": "PUT /api/v0/asks/{id}/", "interval": 300}],
                     "queue": {"max_wait": "100d", "max_waiting": count + 200, "heartbeat": "10m"},
+                    "server": {"max_connections": count + 200},
                     "state": {"file": f"{folder}/state.json"},
                     "log": {"level": "warning"},
                 }

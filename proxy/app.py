@@ -22,7 +22,9 @@ from . import __version__
 from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
+from .ledger import Journal, Ledger
 from .pipeline import Pipeline
+from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
 from .settings import Listen, LogRules, Settings, SettingsError
@@ -36,8 +38,8 @@ ORIGINS_KEPT = 8
 """Other origins whose lessons stay in the state file."""
 _UNFINISHED = ".state-"
 """How the names of state files begin that are being written."""
-GRACE = 30.0
-"""Seconds that what is under way has to end when the proxy is told to stop."""
+BACKLOG = 1024
+"""Connections that may wait to be taken in."""
 
 
 class App:
@@ -59,8 +61,12 @@ class App:
         self.admission = Admission(self.clock, settings.limits, settings.queue, settings.upstreams.max_connections)
         self.admission.restore(self._state.read(self._origins()))
         self.store = MemoryStore(self.clock, settings.cache.max_bytes)
+        self.ledger = Ledger(self.clock, settings.writes, Journal(journal_of(settings.state.file)))
+        self.breakers = {name: Breaker(settings.breaker) for name in self._origins()}
         self.upstream = Upstream(settings.upstreams, tls)
-        self.pipeline = Pipeline(settings, self.clock, self.store, self.admission, self.upstream, chance)
+        self.pipeline = Pipeline(
+            settings, self.clock, self.store, self.admission, self.ledger, self.breakers, self.upstream, chance
+        )
         self.admin = Admin(self._status, lambda: self._ready)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
@@ -79,14 +85,18 @@ class App:
         """Listen. Raises OSError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         listen = self.settings.listen
-        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=1024)
+        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG)
         port = self._listener.sockets[0].getsockname()[1]
         self.address = Listen(listen.host, port)
         self._saver = asyncio.create_task(self._save_now_and_then())
         self._ready = True
 
-    async def stop(self, grace: float = GRACE) -> None:
-        """Stop listening, turn away who waits, give what is upstream `grace` seconds to end, keep what was learned."""
+    async def stop(self, grace: float | None = None) -> None:
+        """Stop listening, turn away who waits, give what is upstream `grace` seconds to end, keep what was learned.
+
+        By default `drain.timeout`. Who is still not answered then is told so, not cut off.
+        """
+        grace = self.settings.drain.timeout if grace is None else grace
         self._ready = False
         if self._listener is not None:
             self._listener.close()
@@ -96,6 +106,7 @@ class App:
             async with asyncio.timeout(grace):
                 while self.pipeline.flights or any(c._request_in_progress for c in self.server.connections):
                     await self.clock.sleep(0.05)
+        self.server.cut_short()
         await self.server.shutdown(0.5)
         if self._saver is not None:
             # It may be writing, in a thread that cannot be stopped: its end is waited for, so that ours is the last.
@@ -106,6 +117,7 @@ class App:
         for task, upstream in list(self._retiring.items()):
             await upstream.close()
             task.cancel()
+        await self.pipeline.flights.finish()
         self.access.flush()
 
     def reload(self, settings: Settings) -> list[str]:
@@ -127,7 +139,11 @@ class App:
             for name in ("api", "serverless"):
                 if getattr(before.upstreams, name) != getattr(settings.upstreams, name):
                     self.admission.forget(name)
+                    self.breakers[name] = Breaker(settings.breaker)
         self.admission.reconfigure(settings.limits, settings.queue, settings.upstreams.max_connections, settings.routes)
+        for breaker in self.breakers.values():
+            breaker.rules = settings.breaker
+        self.ledger.rules = settings.writes
         self.store.resize(settings.cache.max_bytes)
         self.access.configure(settings.log.level, settings.log.format)
         self.pipeline.settings = settings
@@ -138,6 +154,7 @@ class App:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_EVERY):
                     await self._stopping.wait()
+            self.ledger.keep()
             state = self.admission.dump()
             if self._state.differs(state):
                 await asyncio.to_thread(self._state.write, state, self._origins())
@@ -154,6 +171,9 @@ class App:
             "waiting": self.admission.waiting,
             "in_flight": self.admission.in_flight,
             "flights": len(self.pipeline.flights),
+            "clients": {"connections": len(self.server.clients), "body_bytes": self.server.bodies.size},
+            "away": {name: breaker.away for name, breaker in self.breakers.items()},
+            "writes": len(self.ledger),
             "cache": {"entries": self.store.entries, "bytes": self.store.size, "max_bytes": self.store.max_bytes},
             "limits": list(self.admission.limits_known()),
         }
@@ -237,6 +257,11 @@ class StateFile:
                 self._written = {}
 
 
+def journal_of(state_file: Path | None) -> Path | None:
+    """Where writes are remembered over a restart: beside what was learned."""
+    return state_file.with_suffix(".writes") if state_file is not None else None
+
+
 def _timeless(buckets: Mapping[str, Any]) -> dict[str, Any]:
     """Without the marks of time alone, which would make a file of a resting proxy differ for ever."""
     return {key: {name: value for name, value in state.items() if name != "seen"} for key, state in buckets.items()}
@@ -252,9 +277,29 @@ def configure_logging(rules: LogRules) -> None:
     logging.getLogger("proxy").setLevel(rules.level.upper())
 
 
+def raise_open_files(settings: Settings) -> None:
+    """Allow this process as many open files as its connections may need, or warn that they are not to be had."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    # Those that are taken in at once are open before the first of them makes room; two upstreams; the rest of it all.
+    needed = settings.server.max_connections + BACKLOG + 2 * settings.upstreams.max_connections + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    possible = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed < needed:
+        log.warning("%d open files are allowed, server.max_connections may need %d: see ulimit -Hn", allowed, needed)
+
+
 async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
     configure_logging(settings.log)
+    raise_open_files(settings)
     app = App(settings)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
@@ -271,6 +316,7 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
             log.error("not reloaded, the settings in force stay:\n%s", error)
             return
         configure_logging(fresh.log)
+        raise_open_files(fresh)
         kept = app.reload(fresh)
         log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
 

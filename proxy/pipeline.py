@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +12,9 @@ from cachetools import TTLCache
 from .admission import Admission, Turn
 from .clock import Clock
 from .coalescer import Coalescer, Flight
-from .policy import caching, queueing, retrying
+from .ledger import Entry, Ledger
+from .policy import caching, guarding, queueing, retrying
+from .policy.breaking import Breaker, Call
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller, identify
@@ -27,6 +28,10 @@ PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 """Kept places: of so many requests, so many of one, for so many seconds."""
 
 
+POLLED_WITHIN = 30.0
+"""Seconds within which a read that comes again, the same to the byte, is a poll."""
+STANDS_STILL_FOR = 1.0
+"""Seconds between two looks of the head of a line at an upstream that is away."""
 LARGEST_SEEN = 8 * 1024
 """Bytes of a stored answer that may be kept with the request it answers."""
 
@@ -67,11 +72,13 @@ def _drop_rest(fetched: Fetched) -> None:
 class _Seen:
     """What the store held when it was last asked: as long as nothing in it changes, the same."""
 
-    __slots__ = ("generation", "stored")
+    __slots__ = ("asked", "generation", "stored")
 
     def __init__(self) -> None:
         self.generation: int | None = None
         self.stored: Stored | None = None
+        self.asked: float | None = None
+        """When the same request last asked for more than what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,8 @@ class Understood:
     """The interim answer that keeps this client waiting; empty: none."""
     patience: float
     """Seconds for which it can be held."""
+    idempotency_key: str = ""
+    """By which a write says itself whether it is another one."""
     seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
@@ -117,6 +126,8 @@ class _Journey:
     """As it is sent."""
     turn: Turn
     began: float
+    entry: Entry | None = None
+    """Of a write: where it is remembered."""
     stale_allowed: bool = False
     fallback: _Stale | None = None
     """What there was to fall back on when it began."""
@@ -154,6 +165,8 @@ class Pipeline:
         clock: Clock,
         store: Store,
         admission: Admission,
+        ledger: Ledger,
+        breakers: Mapping[str, Breaker],
         upstream: Sender,
         chance: Callable[[], float],
     ) -> None:
@@ -161,6 +174,8 @@ class Pipeline:
         self.clock = clock
         self.store = store
         self.admission = admission
+        self.ledger = ledger
+        self.breakers = breakers
         self.upstream = upstream
         self.chance = chance
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
@@ -176,17 +191,20 @@ class Pipeline:
         settings = self.settings
         caller = identify(request)
         route = settings.routes.match(request.method, request.target)
+        key = "" if route.is_read else guarding.idempotency_key(request)
+        if any(name.lower() == guarding.FIELD for name, _ in request.headers):  # it is for us
+            passed_on = tuple(item for item in request.headers if item[0].lower() != guarding.FIELD)
+            request = replace(request, headers=passed_on)
         asked = caching.directives(request.headers)
         question = None
         if route.collapse and not asked.no_store and caching.may_share(route, request):
-            origin = settings.upstreams.serverless if route.upstream == "serverless" else settings.upstreams.api
-            question = caching.question(route, request, caller, settings.cache, origin)
+            question = caching.question(route, request, caller, settings.cache, _origin(settings, route))
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
         epochs = caching.epochs_of_read(route, caller, settings.cache)
         stored = question is not None and route.family is not None
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
-        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience)
+        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key)
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
@@ -218,6 +236,8 @@ class Pipeline:
         self, known: Understood, exchange: Exchange, watch: Watch = lambda flight: None
     ) -> Coroutine[Any, Any, Response]:
         """An answer from upstream, waited for in its turn. `watch` is shown the flight. Raises Refusal."""
+        if not known.route.is_read:
+            return self._write(known, exchange, watch)
         turn = self._turn(known)
         if known.question is None or known.asked.no_cache:
             return self._alone(known, turn, exchange, watch)
@@ -226,23 +246,63 @@ class Pipeline:
     # --- Alone or together --------------------------------------------------------------------------------------------
 
     async def _alone(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
-        """A call that is shared with nobody: a write, or a read that asks for an answer of its own."""
+        """A read that asks for an answer of its own."""
         journey = _Journey(known, known.request, turn, self.clock.now())
-        if known.route.is_read and known.question is None:
+        if known.question is None:
             # Of no use to anybody else: it goes when its caller goes.
             flight: Flight[Fetched] = Flight()
             flight.members = 1
             watch(flight)
             fetched = await self._fetch(journey, flight)
-        else:
-            landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
-            assert landed is not None  # nobody else can have taken it
-            fetched = landed
-        if known.question is None:
             if fetched.cache is CacheStatus.MISS:
                 fetched.cache = CacheStatus.BYPASS
             return self._told(fetched, None, exchange, collapsed=False)
-        return self._told(fetched, known.request.headers, exchange, collapsed=False)
+        landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
+        assert landed is not None  # nobody else can have taken it
+        return self._told(landed, known.request.headers, exchange, collapsed=False)
+
+    async def _write(self, known: Understood, exchange: Exchange, watch: Watch) -> Response:
+        """A call that changes something: sent, unless it is the same that was sent already and nobody has heard of."""
+        request, route = known.request, known.route
+        origin = _origin(known.settings, route)
+        entry = self.ledger.open(guarding.describe(request, route, known.caller, origin, known.idempotency_key))
+        try:
+            fetched, adopted = None, True
+            if entry.ended is None:
+                fetched, adopted = await self.flights.join(
+                    entry.name,
+                    lambda flight: self._fetch(
+                        _Journey(known, request, self._turn(known), self.clock.now(), entry), flight
+                    ),
+                    watch,
+                )
+        except BaseException:
+            self.ledger.gone(entry)
+            raise
+        if fetched is None:
+            fetched = Fetched(entry.outcome or retrying.unknown(route, entry.what, self._dates(entry)))
+        asked = request.headers if adopted else None
+        if fetched.cache is CacheStatus.MISS and not adopted:
+            fetched.cache = CacheStatus.BYPASS
+        try:
+            response = self._told(fetched, asked, exchange, collapsed=adopted)
+        except Refusal:
+            self.ledger.told(entry)
+            raise
+        return replace(response, receipt=_Receipt(self.ledger, entry))
+
+    def _dates(self, entry: Entry) -> retrying.Dates:
+        until = entry.until_on if entry.ended is not None else self.ledger.again_from(entry.write)
+        return retrying.Dates(entry.sent_on if entry.sent is not None else None, until, bool(entry.write.key))
+
+    def cut_short(self, known: Understood, progress: Progress | None) -> Refusal:
+        """What is told to one who can be held no longer, since the proxy ends."""
+        route = known.route
+        write = guarding.describe(
+            known.request, route, known.caller, _origin(known.settings, route), known.idempotency_key
+        )
+        dates = retrying.Dates(None, self.ledger.again_from(write), bool(write.key))
+        return retrying.cut_short(route, progress is not None and progress.busy, dates)
 
     async def _together(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """Join the flight that asks the same, or lead one."""
@@ -250,7 +310,7 @@ class Pipeline:
         stale_allowed = known.asked.max_age is None
         if not stale_allowed:
             key = f"{key}!fresh"
-        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed)
+        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed=stale_allowed)
         fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
         if fetched is None:  # too large to be shared
             return await self._alone(known, turn, exchange, watch)
@@ -270,7 +330,12 @@ class Pipeline:
                 turn = left.popleft()
                 if turn.deadline > self.clock.now():
                     return turn
-        return self.admission.arrive()
+        route, credential, who = known.route, known.caller.credential, known.caller.credential
+        last, known.seen.asked = known.seen.asked, self.clock.now()
+        polled = last is not None and self.clock.now() - last < POLLED_WITHIN
+        waiting = self.admission.waiting_of(who, route, credential)
+        urgency = queueing.urgency(route, known.request, waiting, polled)
+        return self.admission.arrive(who=who, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
         """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
@@ -309,26 +374,37 @@ class Pipeline:
             journey.fallback = await self._stale(known)
             fetched.was_stale = journey.fallback is not None
         concluded = False
+        kept_off = 0.0
         try:
             while True:
                 outcome, too_often = await self._attempt(journey, flight, fetched)
                 if too_often:
                     fetched.refusals += 1
+                    if journey.entry is not None:
+                        self.ledger.undone(journey.entry)
                     fetched.outcome = _too_often(known.route)
                     again, pause = fetched.refusals < MAX_429, 0.0
                 elif isinstance(outcome, Refusal):
                     fetched.outcome, again, pause = outcome, False, 0.0
-                    if journey.fallback is not None and outcome.code == "wait_too_long":
+                    if outcome.code == "upstream_unreachable":
+                        # Not asked, since others have asked in vain. Worth a wait if it is soon asked again.
+                        pause = outcome.retry_after or 0.0
+                        kept_off += pause
+                        again = kept_off <= known.settings.retry.backoff_max and journey.fallback is None
+                        again = again and self._worth_waiting(journey, pause)
+                    elif journey.fallback is not None and outcome.code == "wait_too_long":
                         # It was not to wait longer than for a stale answer: if a write has voided that, it is.
                         journey.fallback = await self._stale(known)
                         again = journey.fallback is None and self.clock.now() < journey.turn.deadline
                 else:
                     failures = fetched.attempts - fetched.refusals
-                    fetched.outcome = retrying.verdict(known.route, outcome, failures)
+                    dates = self._dates(journey.entry) if journey.entry is not None else retrying.NO_DATES
+                    fetched.outcome = retrying.verdict(known.route, outcome, failures, dates)
                     again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)
                     again = again and failures < known.settings.retry.max_attempts
                     pause = retrying.backoff(known.settings.retry, failures, self.chance()) if again else 0.0
                     again = again and self._worth_waiting(journey, pause)
+                    again = again and self.breakers[known.route.upstream].may_retry(self.clock.now())
                     if not isinstance(outcome, UpstreamError) or outcome.sent:
                         # Done, or it may have been: of an earlier try nobody learns any more.
                         journey.in_doubt |= again
@@ -342,15 +418,37 @@ class Pipeline:
                     await self.clock.sleep(pause)
             if journey.acted and not known.route.is_read:
                 await self._end_epochs(journey, fetched.outcome)
+            if journey.entry is not None:
+                self._conclude(journey.entry, journey.acted, fetched.outcome)
             concluded = True
+        except Exception:
+            if journey.entry is not None and flight.keep:
+                # A fault of ours, after it was sent: nobody will know what came of it.
+                why = "vast-proxy met a fault of its own"
+                self.ledger.ended(journey.entry, retrying.unknown(known.route, why, self._dates(journey.entry)))
+            raise
         finally:
             if not concluded:
                 if not journey.acted and isinstance(fetched.outcome, Refusal):
                     self._keep_place(known, journey.turn)
-                if journey.acted and not known.route.is_read:
-                    # Cancelled between two tries of a write: one of them may have been done.
+                if (journey.acted or flight.keep) and not known.route.is_read:
+                    # Cut off between two tries of a write, or by a fault of ours: one of them may have been done.
                     await self._end_epochs(journey, _NOBODY)
+                if journey.entry is not None and not flight.keep:
+                    self.ledger.undone(journey.entry)
         return await self._settle(journey, fetched) if known.lifetime is not None else fetched
+
+    def _conclude(self, entry: Entry, acted: bool, outcome: Response | Refusal) -> None:
+        """Remember what came of a write, if doing it again would not be the same."""
+        if isinstance(outcome, Refusal):
+            over = outcome.code == "outcome_unknown"
+        else:
+            # Who was not let in has done nothing.
+            over = acted and not retrying.failed(outcome) and outcome.status not in (401, 403)
+        if over:
+            self.ledger.ended(entry, outcome)
+        else:
+            self.ledger.undone(entry)
 
     def _worth_waiting(self, journey: _Journey, pause: float) -> bool:
         """Is another try to be waited for, rather than the failure told or the stale answer served?"""
@@ -370,22 +468,47 @@ class Pipeline:
         ):
             # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
-        began = clock.now()
+        breaker = self.breakers[known.route.upstream]
+        call = Call(known.route.name, known.caller.credential, careful=not known.route.may_be_replayed)
+        began, queued = clock.now(), fetched.queued
+        away = breaker.check(call, began)
+        if away is not None:
+            return away, False
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
             return refusal, False
         finally:
             fetched.queued += clock.now() - began
+        waited = clock.now() > began
+        try:
+            leave = breaker.enter(call, clock.now())
+            while isinstance(leave, Refusal) and waited and not self.admission.over:
+                # It has been in line, so it goes on waiting: the line stands still behind it until upstream is back.
+                pause = min(leave.retry_after or 1.0, STANDS_STILL_FOR)
+                if clock.now() + pause > deadline:
+                    break
+                await clock.sleep(pause)
+                leave = breaker.enter(call, clock.now())
+        except BaseException:
+            ticket.close()
+            raise
+        fetched.queued = queued + clock.now() - began
+        if isinstance(leave, Refusal):
+            ticket.close()
+            return self.admission.over or leave, False
 
         def sent() -> None:
             ticket.sent()
+            if journey.entry is not None:
+                self.ledger.sent(journey.entry)
             flight.keep = journey.may_keep
             flight.busy = True
 
         granted = clock.now()
         held = False
         key = None
+        outcome: Response | UpstreamError | None = None
         try:
             if known.question is not None:
                 # As the epochs are now: what is read from here on is later than every write that has ended.
@@ -396,14 +519,20 @@ class Pipeline:
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)
+            outcome = response
             too_often = ticket.answered(response)
         except UpstreamError as error:
             fetched.attempts += 1
+            outcome = error
             return error, False
         finally:
             fetched.upstream += clock.now() - granted
             if not held:
                 ticket.close()
+            if outcome is None:
+                breaker.given_back(leave, clock.now())
+            else:
+                breaker.answered(leave, outcome, retrying.failed(outcome), clock.now())
         fetched.attempts += 1
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
@@ -461,15 +590,15 @@ class Pipeline:
     async def _end_epochs(self, journey: _Journey, outcome: Response | Refusal) -> None:
         """After a write that was, or may have been, done: nothing read before its end is found any more."""
         known = journey.known
+        settings, families = known.settings, known.settings.routes.families
         ended = _NOBODY if journey.in_doubt else outcome
-        await self._begin(caching.epochs_of_write(known.route, known.caller, ended, known.settings.routes.families))
-
-    async def _begin(self, epochs: Sequence[str]) -> None:
-        for name in epochs:
+        for name in caching.epochs_of_write(known.route, known.caller, ended, families):
+            life = caching.epoch_life(name, families, settings.cache)
             while True:
                 before = await self.store.get(name)
-                after = str(int(before or b"0") + 1).encode()
-                if await self.store.swap(name, before, after, caching.EPOCH_FOR):
+                # By the clock, so that an epoch never comes again, not even after its name was forgotten.
+                after = max(int(before or b"0") + 1, int(await self.store.now() * 1e6))
+                if await self.store.swap(name, before, str(after).encode(), life):
                     break
 
 
@@ -493,9 +622,32 @@ def _same(known: Understood) -> str:
     """Equal for a request and its repetition by the same caller."""
     if known.question is not None:
         return known.question
-    request = known.request
-    told = f"{known.caller.credential} {request.method} {request.target}\0".encode("utf-8", "surrogateescape")
-    return hashlib.sha256(told + request.body).hexdigest()
+    return guarding.fingerprint(known.request, known.caller, _origin(known.settings, known.route))
+
+
+def _origin(settings: Settings, route: Route) -> str:
+    return settings.upstreams.serverless if route.upstream == "serverless" else settings.upstreams.api
+
+
+class _Receipt:
+    """Tells the ledger whether a client has heard."""
+
+    __slots__ = ("_entry", "_ledger", "_written")
+
+    def __init__(self, ledger: Ledger, entry: Entry) -> None:
+        self._ledger = ledger
+        self._entry = entry
+        self._written = False
+
+    def written(self) -> None:
+        self._written = True
+        self._ledger.told(self._entry)
+
+    def lost(self) -> None:
+        if self._written:
+            self._ledger.unheard(self._entry)
+        else:
+            self._ledger.gone(self._entry)
 
 
 def _cut_short(response: Response) -> Response:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import socket
 import struct
+import termios
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from cachetools import LRUCache
 
+from .bounds import Bodies, Connections, Unsent, notice_silence
 from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy.errors import Refusal, UpstreamError
-from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, end_to_end
+from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, end_to_end
 from .settings import ServerRules
 
 LONGEST_LINE = 32 * 1024
@@ -31,10 +36,18 @@ LONGEST_LINE = 32 * 1024
 LONGEST_FIELD = 16 * 1024
 REQUESTS_KEPT, LONGEST_KEPT, LONGEST_SHARED = 1024, 4096, 256
 """How many requests' meanings are kept, the longest body and the longest shared field (bytes)."""
+LEAST_RATE = 500.0
+"""Bytes of a body for which its deadline moves by a second (mod_reqtimeout of Apache: `body=20,MinRate=500`)."""
+READ_AHEAD = 64 * 1024
+"""Bytes of the bodies of pipelined requests after which no more is read, until their turn comes."""
+TURNED_AWAY, TURNING_AWAY = 64, 1.0
+"""How many clients that found no room may be read from at once, and for how many seconds."""
+READ_WITHIN = 10.0
+"""Seconds within which a client that resets its connection may have left its answer unread."""
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
-_LAST = frozenset({"bad_request", "body_too_large"})
+_LAST = frozenset({"bad_request", "body_too_large", "request_timeout", "overloaded"})
 """Refusals after which it is not certain where the next request begins, or not worth it to read that far."""
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
@@ -63,9 +76,39 @@ class Server(web.Server):
         self._admin = admin
         self._observers = tuple(observers)
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
+        self.clients: Connections[_Connection] = Connections(_Connection.force_close)
+        self.bodies = Bodies()
+        self._turned_away: OrderedDict[_TurnedAway, None] = OrderedDict()
+        self._holds: set[_Hold] = set()
+
+    @property
+    def rules(self) -> ServerRules:
+        """Those in force."""
+        return self._pipeline.settings.server
+
+    @property
+    def clock(self) -> Clock:
+        return self._clock
+
+    def cut_short(self) -> None:
+        """Answer whoever still waits: there is no more time."""
+        for hold in list(self._holds):
+            hold.cut_short()
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
+
+    def turn_away(self, transport: asyncio.Transport) -> None:
+        """There is no room: say so, and close."""
+        while len(self._turned_away) >= TURNED_AWAY:
+            self._turned_away.popitem(last=False)[0].end()
+        one = _TurnedAway(self._clock, transport, lambda: self._turned_away.pop(one, None))
+        self._turned_away[one] = None
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's
+        for one in list(self._turned_away):
+            one.end()
+        await super().shutdown(timeout)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = self._clock.now()
@@ -73,9 +116,11 @@ class Server(web.Server):
         try:
             return await self._answer(request, exchange, began)
         except asyncio.CancelledError:
-            exchange.left = True
+            exchange.left = not exchange.code  # else it was us who broke it off
             raise
         finally:
+            if self.bodies.size:
+                self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
             for observe in self._observers:
                 observe(exchange)
@@ -91,7 +136,7 @@ class Server(web.Server):
                 return _Reply(response, request, b"")
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
-            response = found if found is not None else await self._patiently(request, known, exchange, began)
+            response = found if found is not None else await self._patiently(request, known, exchange)
         except Refusal as refused:
             exchange.code = refused.code
             if not exchange.attempts:
@@ -124,7 +169,7 @@ class Server(web.Server):
         body = b""
         if request.body_exists:
             _target(request)  # a request that is refused for its head is refused before its body is read
-            body = await _body(request, self._pipeline.settings.server.max_body)
+            body = await _body(request, self.rules, self.bodies, self._clock)
         http_1_1 = request.version >= HttpVersion11
         key = (request.method, request._message.path, request.raw_headers, body, http_1_1)
         known = self._known.get(key)
@@ -137,11 +182,11 @@ class Server(web.Server):
             self._known[key] = known
         return known
 
-    async def _patiently(
-        self, request: web.BaseRequest, known: Understood, exchange: Exchange, began: float
-    ) -> Response:
+    async def _patiently(self, request: web.BaseRequest, known: Understood, exchange: Exchange) -> Response:
         """Upstream's answer, with the client kept waiting by interim answers, or told to come back in time."""
+        began = self._clock.now()  # who sends a long body does not wait for us meanwhile
         hold = _Hold(self._clock, known, request.transport, began)
+        self._holds.add(hold)
         try:
             return await self._pipeline.fetch(known, exchange, hold.watch)
         except asyncio.CancelledError:
@@ -149,32 +194,47 @@ class Server(web.Server):
             if not hold.over or task is None or task.uncancel() > 0:
                 raise
             exchange.queued = self._clock.now() - began
+            if hold.cut:
+                raise self._pipeline.cut_short(known, hold.flight) from None
             msg = f"{known.route.name} is still waiting for its turn; ask again and it goes on"
             raise Refusal(429, "still_queued", msg, 1) from None
         finally:
+            self._holds.discard(hold)
             hold.end()
 
 
 class _Hold:
     """What keeps a waiting client on the line: heartbeats, and the end of its patience. Owns the one timer of both."""
 
-    __slots__ = ("_clock", "_end", "_flight", "_known", "_next", "_task", "_timer", "_transport", "over")
+    __slots__ = ("_clock", "_end", "_known", "_next", "_task", "_timer", "_transport", "cut", "flight", "over")
 
     def __init__(self, clock: Clock, known: Understood, transport: asyncio.Transport | None, began: float) -> None:
         self._clock = clock
         self._known = known
         self._transport = transport
-        self._flight: Progress | None = None
+        self.flight: Progress | None = None
         self._task = asyncio.current_task()
         self._end = began + known.patience
         self._next = began + known.settings.queue.heartbeat if known.beat else self._end
         self.over = False
         """It ended the wait, not the client."""
+        self.cut = False
+        """It did so because the proxy ends."""
         self._timer = clock.call_at(min(self._next, self._end), self._tick)
 
     def watch(self, flight: Progress) -> None:
         """The call that the client waits for from now on."""
-        self._flight = flight
+        self.flight = flight
+
+    def cut_short(self) -> None:
+        """The proxy ends: whatever it waits for, it waits no more."""
+        self.cut = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.over = True
+        if self._task is not None:
+            self._task.cancel()
 
     def end(self) -> None:
         """The wait is over."""
@@ -182,10 +242,8 @@ class _Hold:
 
     def _tick(self) -> None:
         now = self._clock.now()
-        if now >= self._end and not (self._flight is not None and self._flight.busy):
-            self.over = True
-            if self._task is not None:
-                self._task.cancel()
+        if now >= self._end and not (self.flight is not None and self.flight.busy):
+            self._give_up()
             return
         if self._known.beat and now >= self._next and self._transport is not None:
             if not self._transport.is_closing():
@@ -198,17 +256,180 @@ class _Hold:
 
 
 class _Connection(RequestHandler):
-    """aiohttp's connection, but what it refuses by itself is refused in JSON."""
+    """aiohttp's connection, with bounds to what a client may take. Its own refusals are JSON, lost answers are told of.
 
-    __slots__ = ()
+    A head is timed as a whole, as by nginx's client_header_timeout: from its first byte, or from the beginning of the
+    connection. Not while an earlier request is being answered, nor between requests: that is for `server.keepalive`.
+    """
+
+    __slots__ = ("_begun", "_due", "_head_timer", "_incoming", "_receipts", "_server", "_unsent", "stalled")
+
+    def __init__(self, server: Server, **more: Any) -> None:
+        super().__init__(server, **more)
+        self._server = server
+        self._incoming: StreamReader = EMPTY_PAYLOAD
+        """The body of the last request that came."""
+        self._begun = False
+        """There is a part of a head."""
+        self._due = 0.0
+        """When that must be whole, or the first one; 0: nothing is waited for."""
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unsent: Unsent | None = None
+        self.stalled = False
+        """It was reset, for the client took nothing of its answer."""
+        self._receipts: list[tuple[float, Receipt]] = []
+        """Of answers that a client may not have read, and when they were written."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        rules = self._server.rules
+        if not self._server.clients.admit(self, rules.max_connections):
+            self._server.turn_away(cast("asyncio.Transport", transport))
+            return
+        super().connection_made(transport)
+        notice_silence(transport, rules.send_timeout)
+        self._expect_head()
+
+    def eof_received(self) -> None:
+        super().eof_received()
+        if self._receipts and self.transport is not None and not _all_taken(self.transport):
+            self._lost()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._server.clients.gone(self)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        if self._unsent is not None:
+            self._unsent.stop()
+            self._unsent = None
+        if exc is not None:
+            # Reset: by a client that left with the answer unread, or that was not there any more. Long after it was
+            # written it means nothing: things on the way reset what is idle.
+            recent = self._server.clock.now() - READ_WITHIN
+            self._receipts = [item for item in self._receipts if item[0] >= recent]
+            self._lost()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        before, incoming, messages = self._request_count, self._incoming, self._messages
+        in_body = incoming is not EMPTY_PAYLOAD and not incoming.is_eof()
         super().data_received(data)
+        if self._request_count != before:
+            if self._receipts and not self._request_in_progress:
+                self._receipts.clear()  # who asks for the next thing has read the last
+            self._incoming = messages[-1][1]
+            self._begun, self._due = False, 0.0
+            self._server.clients.busy(self)
+        elif data and not in_body and not self._begun:
+            # What comes in one read with the end of a request is not noticed before more of it does.
+            self._begun = True
+            if not self._due:
+                self._expect_head()
+        pipelined = self._request_in_progress or len(messages) > 1
+        if pipelined and not self._buffer_paused and self._read_ahead() > READ_AHEAD:
+            self._pause_reading_for_buffer()
         request = self._current_request
-        broken = bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
+        broken = bool(messages) and isinstance(messages[-1][0], _ErrInfo)
         if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
             request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+
+    def _read_ahead(self) -> int:
+        """Bytes of bodies whose turn has not come: nobody counts them yet, so they must stay few."""
+        return sum(body.total_bytes for _, body in self._messages)
+
+    def _resume_reading_if_drained(self) -> None:
+        if self._read_ahead() <= READ_AHEAD:
+            super()._resume_reading_if_drained()
+
+    def _expect_head(self) -> None:
+        patience = self._server.rules.header_timeout
+        if patience > 0:
+            self._due = self._server.clock.now() + patience
+            if self._head_timer is None:
+                self._head_timer = self._server.clock.call_at(self._due, self._head_is_due)
+
+    def _head_is_due(self) -> None:
+        self._head_timer = None
+        if not self._due or self._request_in_progress or self._messages or self._close or self._force_close:
+            return  # it came; or another request is being answered, and then it begins anew
+        clock, waiter = self._server.clock, self._waiter
+        if clock.now() < self._due:
+            self._head_timer = clock.call_at(self._due, self._head_is_due)
+        elif waiter is None or waiter.done():  # what is left of a refused body is being read
+            self._head_timer = clock.call_at(clock.now() + 1.0, self._head_is_due)
+        elif self._begun:
+            late = Refusal(408, "request_timeout", "the request did not come in time (server.header_timeout)")
+            self._messages.append((_ErrInfo(late.status, late, late.msg), EMPTY_PAYLOAD))
+            self._server.clients.busy(self)
+            waiter.set_result(None)
+        else:
+            self.force_close()
+
+    def _process_keepalive(self) -> None:
+        if self._begun and self._due:
+            self._keepalive_handle = None  # no longer idle, and timed as a head
+        else:
+            super()._process_keepalive()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        self.look()
+        told = await super().finish_response(request, resp, start_time)
+        transport = self.transport
+        if transport is not None and transport.get_write_buffer_size():
+            self.look()
+            self._watch_over_unsent()
+            if self._paused:
+                await self._drain_helper()  # who asks and asks, and takes no answer, is not answered without end
+        elif resp.keep_alive:
+            self._idle()
+        if self._begun:
+            self._expect_head()
+        return told
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_over_unsent()
+
+    def look(self) -> None:
+        """Before and after something is written: how much of what was written earlier is left?"""
+        if self._unsent is not None:
+            self._unsent.look()
+
+    def _watch_over_unsent(self) -> None:
+        patience = self._server.rules.send_timeout
+        if patience > 0 and self._unsent is None and self.transport is not None:
+            # The transport itself: a connection that is being closed has none, and waits for its client all the same.
+            transport = self.transport
+            self._unsent = Unsent(
+                self._server.clock, transport, patience, lambda: self._stall(transport), self._drained
+            )
+
+    def _stall(self, transport: asyncio.Transport) -> None:
+        self._unsent = None
+        self.stalled = True
+        self._lost()
+        _reset(transport)
+
+    def written(self, receipt: Receipt) -> None:
+        """To be told, if it turns out that the client left without having read the answer."""
+        self._receipts.append((self._server.clock.now(), receipt))
+
+    def _lost(self) -> None:
+        for _, receipt in self._receipts:
+            receipt.lost()
+        self._receipts.clear()
+
+    def _drained(self) -> None:
+        self._unsent = None
+        if not self._request_in_progress:
+            self._idle()
+
+    def _idle(self) -> None:
+        """Nothing is asked, nothing is left to be sent: another may have its place."""
+        if not self._messages and not self._close and not self._force_close:
+            self._server.clients.idle(self)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -218,14 +439,54 @@ class _Connection(RequestHandler):
         if status >= 500:
             log.error("a request met a fault of the proxy's own", exc_info=exc)
             reply = _Reply(_refused(_FAULT), request, b"")
+        elif isinstance(exc, Refusal):
+            reply = _Reply(_refused(exc), request, b"")
         else:
             reply = _Reply(_refused(_bad(status, "not a valid HTTP request")), request, b"")
         reply.force_close()
         return reply
 
 
+class _TurnedAway(asyncio.Protocol):
+    """A connection for which there was no room. Reads on for a moment: a reset would overtake the answer."""
+
+    def __init__(self, clock: Clock, transport: asyncio.Transport, gone: Callable[[], object]) -> None:
+        self._transport = transport
+        self._gone = gone
+        self._timer = clock.call_at(clock.now() + TURNING_AWAY, self.end)
+        transport.set_protocol(self)
+        msg = "vast-proxy has no connection left (server.max_connections); try again in a moment"
+        response = _refused(Refusal(503, "too_many_connections", msg, 5))
+        fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
+        head = f"HTTP/1.1 503 Service Unavailable\r\n{fields}Content-Length: {len(response.body)}\r\n"
+        transport.write(f"{head}Connection: close\r\n\r\n".encode("latin-1") + response.body)
+        transport.write_eof()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._timer.cancel()
+        self._gone()
+
+    def end(self) -> None:
+        self._transport.abort()
+
+
 class _Gone(Exception):
     """The client broke off while its request was being read."""
+
+
+def _all_taken(transport: asyncio.Transport) -> bool:
+    """Has the other end, which has just closed the connection, taken all that was written? True if nobody can say.
+
+    What it had not acknowledged when it closed, it has not read: a client that timed out as its answer was written.
+    """
+    if transport.get_write_buffer_size():
+        return False
+    try:
+        sock = transport.get_extra_info("socket")
+        unread = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return not unread and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except (OSError, AttributeError):
+        return True
 
 
 # --- In ---------------------------------------------------------------------------------------------------------------
@@ -291,25 +552,45 @@ def _fields(raw: tuple[tuple[bytes, bytes], ...]) -> Headers:
         raise _bad(400, "a header is not UTF-8") from None
 
 
-async def _body(request: web.BaseRequest, limit: int) -> bytes:
-    """The whole body as sent. Answers Expect here. Raises Refusal (413), or _Gone when it breaks off."""
+async def _body(request: web.BaseRequest, rules: ServerRules, bodies: Bodies, clock: Clock) -> bytes:
+    """The whole body as sent. Answers Expect here. Raises Refusal (408, 413, 503), or _Gone when it breaks off.
+
+    It is held for its connection. Its deadline is that of Apache's mod_reqtimeout, `body=20,MinRate=500`: so long from
+    the beginning, and a second more for each 500 bytes that have come; and no longer than that without a byte.
+    """
+    limit, most, patience = rules.max_body, rules.max_bodies, rules.body_timeout
     too_large = Refusal(413, "body_too_large", f"the request's body is larger than {limit} bytes (server.max_body)")
-    if (request.content_length or 0) > limit:
+    overloaded = Refusal(503, "overloaded", "too many request bodies at once (server.max_bodies); try again", 5)
+    promised = request.content_length or 0
+    if promised > limit:
         raise too_large
+    if bodies.size + promised > most:
+        raise overloaded
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     if expects and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     chunks: list[bytes] = []
     length = 0
+    began = clock.now()
+    # What is there already is read without looking at the clock.
+    timed = asyncio.timeout_at(None if request.content.is_eof() or not patience else began + patience)
     try:
-        async for chunk in request.content.iter_any():
-            chunks.append(chunk)
-            length += len(chunk)
-            if length > limit:
-                raise too_large
+        async with timed:
+            async for chunk in request.content.iter_any():
+                chunks.append(chunk)
+                length += len(chunk)
+                if length > limit:
+                    raise too_large
+                if not bodies.take(request.protocol, len(chunk), most):
+                    raise overloaded
+                if timed.when() is not None:
+                    timed.reschedule(min(clock.now() + patience, began + patience + length / LEAST_RATE))
     except (web.RequestPayloadError, HttpProcessingError):
         raise _bad(400, "the body is not what its headers say") from None
     except (ConnectionError, OSError):
+        if timed.expired():
+            late = "the request's body did not come in time (server.body_timeout)"
+            raise Refusal(408, "request_timeout", late) from None
         raise _Gone from None
     return b"".join(chunks)
 
@@ -351,7 +632,7 @@ def _told(exchange: Exchange, total: float) -> bytes:
         case CacheStatus.REFUSED:
             status = f"detail={exchange.code}"
         case CacheStatus.COLLAPSED:
-            status = "fwd=miss; collapsed"
+            status = f"fwd={'miss' if exchange.effect in ('read', 'search') else 'method'}; collapsed"
         case CacheStatus.MISS:
             status = f"fwd={'stale' if exchange.was_stale else 'miss'}"
             if exchange.stored:
@@ -407,9 +688,13 @@ class _Reply(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         request, response = self._request, self._response
         transport = request.transport
-        if transport is None or self._eof_sent:
+        if self._eof_sent:
             return
         self._eof_sent = True
+        if transport is None or transport.is_closing():
+            if response.receipt is not None:
+                response.receipt.lost()
+            return
         framing = b""
         body = response.body
         if _has_no_body(request, response.status):
@@ -418,8 +703,17 @@ class _Reply(web.StreamResponse):
             framing = b"Content-Length: %d\r\n" % len(body)
         keep_alive = bool(self._keep_alive)
         transport.write(_head(response, request, self._extra, framing, keep_alive=keep_alive) + body)
+        _written(request, response)
         if len(body) > 65536:
             await request.protocol._drain_helper()
+
+
+def _written(request: web.BaseRequest, response: Response) -> None:
+    """Its client has been told, as far as can be known, unless the connection turns out to have been closed before."""
+    if response.receipt is not None:
+        response.receipt.written()
+        if isinstance(request.protocol, _Connection):
+            request.protocol.written(response.receipt)
 
 
 class _Streamed(web.StreamResponse):
@@ -443,6 +737,7 @@ async def _stream(
     """Pass a large answer on as it comes, no faster than the client takes it."""
     rest = response.rest
     assert rest is not None
+    whole = False
     try:
         transport = request.transport
         if transport is None:
@@ -452,9 +747,9 @@ async def _stream(
         keep_alive = bool(request.keep_alive) and (known or chunked) and not last
         framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         transport.write(_head(response, request, extra, framing, keep_alive=keep_alive))
-        await _write(request, response.body, exchange, chunked=chunked)
-        response.body = b""
         try:
+            await _write(request, response.body, exchange, chunked=chunked)
+            response.body = b""
             async for chunk in rest:
                 await _write(request, chunk, exchange, chunked=chunked)
         except Exception as error:
@@ -464,11 +759,18 @@ async def _stream(
             if not isinstance(error, UpstreamError | ConnectionError):
                 log.exception("an answer was broken off by a fault of the proxy's own")
             raise ConnectionResetError("the answer is not whole") from None
+        except asyncio.CancelledError:
+            _break_off(request, transport, exchange)
+            raise
         if chunked:
             transport.write(b"0\r\n\r\n")
+        _written(request, response)
+        whole = True
         return _Streamed(keep_alive=keep_alive, status=response.status)
     finally:
         rest.close()
+        if not whole and response.receipt is not None:
+            response.receipt.lost()
 
 
 def _reset(transport: asyncio.Transport) -> None:
@@ -479,13 +781,26 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
+def _break_off(request: web.BaseRequest, transport: asyncio.Transport, exchange: Exchange) -> None:
+    """Who was answered has left, or the proxy is being stopped: what was sent must not pass for the whole answer."""
+    connection = request.protocol
+    assert isinstance(connection, _Connection)
+    if connection.stalled or connection._manager is not None:
+        exchange.code = "broken_off"
+    _reset(transport)
+
+
 async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, chunked: bool) -> None:
     transport = request.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client went away")
     exchange.bytes_out += len(data)
+    connection = request.protocol
+    assert isinstance(connection, _Connection)
+    connection.look()
     if chunked:
         transport.write(b"%x\r\n" % len(data) + data + b"\r\n")
     else:
         transport.write(data)
+    connection.look()
     await request.protocol._drain_helper()

@@ -32,7 +32,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .policy.breaking import BreakerRules
 from .policy.caching import CacheRules
+from .policy.guarding import WriteRules
 from .policy.limiting import LimitRules
 from .policy.queueing import QueueRules
 from .policy.retrying import RetryRules
@@ -95,8 +97,26 @@ class ServerRules:
 
     max_body: Bytes = 32 * 1024 * 1024
     """The largest request body; a larger one is refused with 413."""
+    max_bodies: Bytes = 256 * 1024 * 1024
+    """Request bodies in memory, all clients together; beyond it 503."""
     keepalive: Seconds = 75.0
     """How long an idle connection of a client is kept."""
+    header_timeout: Seconds = 15.0
+    """For the head of a request, as a whole; 0: no limit."""
+    body_timeout: Seconds = 20.0
+    """For the body of a request, and a second more for each 500 bytes of it; also between two bytes. 0: no limit."""
+    send_timeout: Seconds = 60.0
+    """How long a client may take nothing of its answer; 0: no limit."""
+    max_connections: Count = 4096
+    """Connections of clients at once; beyond it the one that is idle longest goes, or the new one gets 503."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRules:
+    """How the proxy ends: `drain` in the settings."""
+
+    timeout: Seconds = 30.0
+    """How long what is at upstream has to end when the proxy is told to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +145,10 @@ class Settings:
     limits: LimitRules = field(default_factory=LimitRules)
     queue: QueueRules = field(default_factory=QueueRules)
     retry: RetryRules = field(default_factory=RetryRules)
+    breaker: BreakerRules = field(default_factory=BreakerRules)
+    writes: WriteRules = field(default_factory=WriteRules)
     cache: CacheRules = field(default_factory=CacheRules)
+    drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
     state: StateRules = field(default_factory=StateRules)
     routes: Routes

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import aiohttp.client_proto
+import aiohttp.http_parser
+import aiohttp.web_protocol
 import pytest
 from fake_vast import Behaviour, FakeVast
 
@@ -99,8 +102,16 @@ class Date:
 class Gateway(Client):
     """A proxy, the fake behind it, and a client of it."""
 
-    def __init__(self, app: App, fake: FakeVast, session: aiohttp.ClientSession, date: Date) -> None:
+    def __init__(
+        self,
+        app: App,
+        fake: FakeVast,
+        session: aiohttp.ClientSession,
+        another: Callable[[Settings], App],
+        date: Date,
+    ) -> None:
         super().__init__(session, f"http://{app.address}")
+        self._another = another
         self.app = app
         self.fake = fake
         self.date = date
@@ -112,6 +123,14 @@ class Gateway(Client):
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
+
+    async def restart(self, *, crash: bool = False, grace: float | None = None, pause: float = 0.0) -> None:
+        """End the proxy, in order or by its sudden death, and after a while start another on its files and address."""
+        old = self.app
+        await (kill(old) if crash else old.stop(grace))
+        await asyncio.sleep(pause)
+        self.app = self._another(replace(old.settings, listen=old.address))
+        await self.app.start()
 
 
 def assert_nothing_is_left(gateway: Gateway, tasks: set[asyncio.Task[Any]]) -> None:
@@ -175,17 +194,51 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             if fast:
                 given.setdefault("limits", {}).update({"scale": 1e-6, "global": None})
                 fake.behaviour = replace(fake.behaviour, scale=0.0)
-            app = App(settings_for(fake.url, tmp_path, given), wall=date, tls=client_tls, chance=lambda: 0.5)
+
+            settings = settings_for(fake.url, tmp_path, given)
+
+            def another(settings: Settings) -> App:
+                assert date is not None
+                return App(settings, wall=date, tls=client_tls, chance=lambda: 0.5)
+
+            app = another(settings)
             await app.start()
-            stack.push_async_callback(app.stop, 1.0)
             session = await stack.enter_async_context(
                 aiohttp.ClientSession(
                     connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
                 )
             )
-            return Gateway(app, fake, session, date)
+            gateway = Gateway(app, fake, session, another, date)
+
+            async def end() -> None:
+                await gateway.app.stop(1.0)
+
+            stack.push_async_callback(end)
+            return gateway
 
         yield begin
+
+
+@pytest.fixture(params=["C", "Python"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both of aiohttp's parsers, whichever is installed by default."""
+    if request.param == "Python":
+        monkeypatch.setattr(aiohttp.web_protocol, "HttpRequestParser", aiohttp.http_parser.HttpRequestParserPy)
+        monkeypatch.setattr(aiohttp.client_proto, "HttpResponseParser", aiohttp.http_parser.HttpResponseParserPy)
+    else:
+        assert aiohttp.http_parser.HttpRequestParser is not aiohttp.http_parser.HttpRequestParserPy
+    return str(request.param)
+
+
+async def kill(app: App) -> None:
+    """What SIGKILL leaves: nothing is written any more, every connection is closed, nobody is told anything."""
+    app._state.path = app.ledger._journal.path = None
+    assert app._listener is not None
+    app._listener.close()
+    for connection in app.server.connections:
+        if connection.transport is not None:
+            connection.transport.abort()
+    await app.stop(0.0)
 
 
 @asynccontextmanager

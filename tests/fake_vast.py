@@ -102,7 +102,7 @@ class Fault:
     kind: Kind
     times: int | None = 1  # None: for ever
     probability: float = 1.0
-    delay: float = 0.0
+    delay: float = 0.0  # seconds before it answers, or hangs up
     status: int = 502
     body: bytes = b""
     headers: Sequence[tuple[str, str]] = ()  # for status, status_after, refuse429
@@ -110,9 +110,12 @@ class Fault:
     form: Form | None = None
     retry_after: float | None = None
     reset: bool = False  # the drops end in RST instead of FIN
+    key: str | None = None  # only for calls of its owner
     used: int = 0
 
-    def applies(self, template: str, chance: random.Random) -> bool:
+    def applies(self, template: str, identity: str, chance: random.Random) -> bool:
+        if self.key is not None and identity != identity_of(self.key):
+            return False
         if self.times is not None and self.used >= self.times:
             return False
         if not fnmatchcase(_canonical(template), _canonical(self.match)):
@@ -1800,7 +1803,7 @@ class FakeVast:
 
     async def _serve(self, request: web.BaseRequest, asked: _Asked) -> web.StreamResponse:
         call = asked.call
-        fault = next((f for f in self.faults if f.applies(call.template, self._chance)), None)
+        fault = next((f for f in self.faults if f.applies(call.template, call.identity, self._chance)), None)
         verdict = None
         if fault is None or fault.kind != "refuse429":
             verdict = self._limiter.weigh(self._limits_for(asked), call.at)
@@ -1818,12 +1821,16 @@ class FakeVast:
         call = asked.call
         match fault.kind:
             case "drop_before":
+                await asyncio.sleep(fault.delay)
                 return _hang_up(request, fault)
             case "drop_after":
                 self._act(asked)
+                await asyncio.sleep(fault.delay)
                 return _hang_up(request, fault)
             case "truncate":
-                return await self._truncated(request, call, self._act(asked), verdict, fault)
+                reply = self._act(asked)
+                await asyncio.sleep(fault.delay)
+                return await self._truncated(request, call, reply, verdict, fault)
             case "slow":
                 reply = self._act(asked)
                 await asyncio.sleep(fault.delay)
@@ -1831,9 +1838,11 @@ class FakeVast:
                 await asyncio.sleep(fault.delay)
                 reply = self._act(replace(asked, now=asyncio.get_running_loop().time(), wall=self.wall()))
             case "status":
+                await asyncio.sleep(fault.delay)
                 reply = _scripted(fault)
             case "status_after":
                 self._act(asked)
+                await asyncio.sleep(fault.delay)
                 reply = _scripted(fault)
             case "big":
                 return await self._big(request, call, fault.size, verdict)

@@ -423,6 +423,26 @@ def test_twenty_creates_at_once_all_succeed_and_none_meets_a_429(stage: Stage) -
     assert len(side.fake.calls(ASK)) == 20
 
 
+def test_two_hundred_creates_at_once_outlast_the_patience_of_the_client(stage: Stage) -> None:
+    """The queue is ten times longer than the SDK waits for a byte; it makes its usual three attempts."""
+    limits, queue = {"scale": 0.01, "margin": 1.0}, {"heartbeat": 0.15, "max_wait": 60}
+    side = stage.proxy(behaviour=Behaviour(scale=0.01), limits=limits, queue=queue)
+    offers = side.offers[:200]
+
+    def create(offer: int) -> Any:
+        client = sdk(side)
+        client.client.timeout = 1.2
+        return client.create_instance(offer, image="x")
+
+    began = time.monotonic()
+    answers = at_once([partial(create, offer) for offer in offers])
+    assert time.monotonic() - began > 5 * 1.2
+    assert {answer["success"] for answer in answers} == {True}
+    assert side.fake.refused == []
+    assert [side.fake.count("rented", target=offer) for offer in offers] == [1] * 200
+    assert len(side.fake.calls(ASK)) == 200
+
+
 def test_a_shell_loop_meets_no_429_though_without_the_proxy_it_does(stage: Stage, home: Home) -> None:
     real = Behaviour(scale=1.0)
     sides = [stage.fake(real), stage.proxy(behaviour=real, limits={"scale": 1.0})]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -191,3 +193,10 @@ def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
     for line in code(page):
         for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|docs|proxy)/[\w./-]+\.\w+", line):
             assert (CHECKOUT / name).is_file(), f"{name_of(page)}: {name}"
+
+
+def test_the_table_of_waits_is_what_the_simulation_gives() -> None:
+    told = subprocess.run(
+        [sys.executable, str(CHECKOUT / "bench" / "fairness.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.strip() in (CHECKOUT / "docs" / "limits.md").read_text()

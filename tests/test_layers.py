@@ -14,20 +14,23 @@ EVERYTHING = {file.stem for file in PROXY.glob("*.py")} | {"policy", ""}
 
 MAY_IMPORT = {
     "clock": set(),
+    "bounds": {"clock"},
     "coalescer": set(),
     "store": {"clock"},
     "settings": {"policy"},
     "upstream": {"policy", "settings"},
     "admin": {"policy"},
     "admission": {"clock", "policy"},
-    "pipeline": {"admission", "clock", "coalescer", "policy", "settings", "store"},
-    "server": {"clock", "pipeline", "policy", "settings"},
+    "ledger": {"clock", "policy"},
+    "pipeline": {"admission", "clock", "coalescer", "ledger", "policy", "settings", "store"},
+    "server": {"bounds", "clock", "pipeline", "policy", "settings"},
     "app": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": set(),
 }
 FOREIGN = {
     "admission": {"aiolimiter"},
+    "ledger": {"cachetools"},
     "pipeline": {"cachetools"},
     "settings": {"pydantic", "pydantic_core", "yaml"},
     "store": {"cachetools"},

@@ -29,7 +29,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from proxy.admission import Admission
 from proxy.clock import Clock
+from proxy.ledger import Journal, Ledger
 from proxy.pipeline import Pipeline, Understood
+from proxy.policy.breaking import Breaker, BreakerRules
 from proxy.policy.caching import Directives
 from proxy.policy.errors import Refusal, UpstreamError
 from proxy.policy.identity import identify
@@ -305,7 +307,9 @@ class Paths(RuleBasedStateMachine):
             self.admission = Admission(clock, limits, queue)
             keys = [identify(Request("GET", "/", (("Authorization", f"Bearer {who}"),))).credential for who in "ab"]
             self.admission.restore({f"{key} api account": {"known": True} for key in keys})
-            return Pipeline(settings, clock, MemoryStore(clock, 2**26), self.admission, self, lambda: 0.5)
+            store, ledger = MemoryStore(clock, 2**26), Ledger(clock, settings.writes, Journal(None))
+            breakers = {"api": Breaker(BreakerRules(failures=10**9, probe_initial=0.0, probe_max=0.0))}
+            return Pipeline(settings, clock, store, self.admission, ledger, breakers, self, lambda: 0.5)
 
         self.pipeline = self.loop.run_until_complete(build())
 

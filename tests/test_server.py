@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp.client_proto
-import aiohttp.http_parser
-import aiohttp.web_protocol
 import pytest
 import trustme
 from conftest import Gateway, Start, clean_environment
@@ -60,17 +57,6 @@ def is_ours(got: Got) -> bool:
     assert told["error"]
     assert got.all("Content-Type") == ["application/json"]
     return True
-
-
-@pytest.fixture(params=["C", "Python"])
-def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both of aiohttp's parsers, whichever is installed by default."""
-    if request.param == "Python":
-        monkeypatch.setattr(aiohttp.web_protocol, "HttpRequestParser", aiohttp.http_parser.HttpRequestParserPy)
-        monkeypatch.setattr(aiohttp.client_proto, "HttpResponseParser", aiohttp.http_parser.HttpResponseParserPy)
-    else:
-        assert aiohttp.http_parser.HttpRequestParser is not aiohttp.http_parser.HttpRequestParserPy
-    return str(request.param)
 
 
 # --- A request passes as it is ----------------------------------------------------------------------------------------
@@ -774,14 +760,6 @@ async def test_half_a_request_reaches_nobody(start: Start, parser: str, part: by
             await asyncio.sleep(1)
         assert (await ask(gateway, request(PLAIN))).status == 200
         assert [seen.line for seen in upstream.seen] == [f"GET {PLAIN} HTTP/1.1"]
-
-
-async def test_a_head_that_does_not_end_is_not_waited_for_longer_than_an_idle_connection(start: Start) -> None:
-    async with between(start) as (gateway, _), await Wire.to(gateway) as wire:
-        began = gateway.now()
-        await wire.send(b"GET /x HTTP/1.1\r\nHos")
-        assert await wire.rest() == b""
-        assert gateway.now() - began <= 76
 
 
 async def test_a_request_in_a_body_is_a_body(start: Start, parser: str) -> None:

@@ -15,7 +15,7 @@ from .errors import Refusal
 from .identity import KEY_FIELDS, Caller
 from .limiting import decoded
 from .messages import Headers, Request, Response, header
-from .routing import Effect, Family, Route
+from .routing import ALL, Effect, Family, Route
 from .units import Bytes, Seconds
 
 
@@ -166,8 +166,8 @@ def _offer_search(method: str, target: str, raw: str, body: bytes, kind: str) ->
 
 LONGEST_LIFE = 14 * 24 * 3600.0
 """Seconds that a stored answer lives at most, whatever the settings say."""
-EPOCH_FOR = 2 * LONGEST_LIFE
-"""Seconds for which an epoch is remembered: longer than any stored answer lives, so that none comes back to life."""
+LONGEST_FLIGHT = 3600.0
+"""Seconds that a call is under way at most, as far as epochs are concerned: longer than anybody waits for one."""
 
 
 def epochs_of_read(route: Route, caller: Caller, rules: CacheRules) -> tuple[str, ...]:
@@ -206,6 +206,16 @@ def _gone(response: Response) -> bool:
 
 
 # --- Freshness and storing --------------------------------------------------------------------------------------------
+
+
+def epoch_life(name: str, families: Mapping[str, Family], rules: CacheRules) -> float:
+    """Seconds for which an epoch is remembered: as long as anything read before it began may still be found.
+
+    No value comes twice, so what is read in a forgotten epoch is lost with it, and never comes back to life.
+    """
+    of = name.rpartition(":")[2]
+    about = families.values() if of == ALL else [families[of]] if of in families else []
+    return max([LONGEST_FLIGHT, *(sum(lifetimes(family, rules)) for family in about)])
 
 
 def lifetimes(family: Family, rules: CacheRules) -> tuple[float, float]:

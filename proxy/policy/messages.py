@@ -68,6 +68,16 @@ class Rest(Protocol):
         """Give it up. Further calls change nothing."""
 
 
+class Receipt(Protocol):
+    """Who wants to know whether a client got its answer."""
+
+    def written(self) -> None:
+        """The whole answer was handed to the client's connection."""
+
+    def lost(self) -> None:
+        """The client had left: before, or without having taken what was written."""
+
+
 @dataclass(slots=True)
 class Response:
     """One answer: whole in `body`, or, where it is larger than may be held, `body` and then `rest`."""
@@ -80,6 +90,8 @@ class Response:
     """What follows `body` of a large answer; read once, by whoever leads."""
     head: bytes = b""
     """The header lines as they go on the wire, where they are stored so; then `headers` is empty."""
+    receipt: Receipt | None = None
+    """To be told what becomes of it."""
 
 
 class CacheStatus(Enum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from .errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .messages import Response
@@ -43,7 +44,23 @@ def backoff(rules: RetryRules, failures: int, chance: float) -> float:
     return most * (0.5 + 0.5 * chance)
 
 
-def verdict(route: Route, outcome: Response | UpstreamError, failures: int) -> Response | Refusal:
+@dataclass(frozen=True, slots=True)
+class Dates:
+    """What is told of a call whose outcome is unknown, in epoch seconds."""
+
+    sent_on: float | None = None
+    again_from: float | None = None
+    """When the same request would be sent again; None: at once."""
+    keyed: bool = False
+    """It has an Idempotency-Key."""
+
+
+NO_DATES = Dates()
+
+
+def verdict(
+    route: Route, outcome: Response | UpstreamError, failures: int, dates: Dates = NO_DATES
+) -> Response | Refusal:
     """What the client is told when no further try follows.
 
     The outcome of a spend that may have happened is told with a status that the stock client does not answer by
@@ -53,7 +70,7 @@ def verdict(route: Route, outcome: Response | UpstreamError, failures: int) -> R
         assert isinstance(outcome, Response)
         return outcome
     if not may_send_again(route, outcome):
-        return _unknown(route, outcome)
+        return unknown(route, f"answered {outcome.status}" if isinstance(outcome, Response) else f"{outcome}", dates)
     if isinstance(outcome, Response):
         return outcome  # the vendor's own words
     tries = f" ({failures} tries)" if failures > 1 else ""
@@ -62,13 +79,28 @@ def verdict(route: Route, outcome: Response | UpstreamError, failures: int) -> R
     return Refusal(503, "upstream_unreachable", f"Vast.ai could not be reached{tries}: {outcome}", GIVE_UP_AFTER)
 
 
-def _unknown(route: Route, outcome: Response | UpstreamError) -> Refusal:
-    what = f"answered {outcome.status}" if isinstance(outcome, Response) else f"{outcome}"
+def cut_short(route: Route, sent: bool, dates: Dates) -> Refusal:
+    """What is told to whom an answer can no longer be waited for, because the proxy ends."""
+    if sent and not route.may_be_replayed:
+        return unknown(route, "vast-proxy was stopped before the answer came", dates)
+    return Refusal(503, "restarting", "vast-proxy is stopping; try again in a moment", 5)
+
+
+def unknown(route: Route, what: str, dates: Dates = NO_DATES) -> Refusal:
+    """What is told of a call that may have been done; `what`: how it ended, in words."""
     look = route.check or "look at its effect in the console"
+    when = f" on {_date(dates.sent_on)}" if dates.sent_on is not None else ""
     msg = (
-        f"The outcome of {route.method} {route.template} is unknown: it was sent once and not again, because it may "
-        f"have been done ({what}). Before trying again, check: {look}."
+        f"The outcome of {route.name} is unknown: it was sent{when} and not again, because it may have been done "
+        f"({what}). Before trying again, check: {look}."
     )
+    if dates.again_from is not None:
+        msg += f" The same request gets this answer, and is not sent, until {_date(dates.again_from)}"
+        msg += "; with another Idempotency-Key it is sent at once." if dates.keyed else "."
     if route.effect is Effect.SPEND and route.template == "/api/v0/asks/bulk/":
         return Refusal(200, "outcome_unknown", msg)
     return Refusal(500, "outcome_unknown", msg)
+
+
+def _date(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"

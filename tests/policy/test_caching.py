@@ -18,6 +18,7 @@ from proxy.policy.caching import (
     accepts_coding,
     accepts_gzip,
     directives,
+    epoch_life,
     epochs_of_read,
     epochs_of_write,
     freeze,
@@ -122,6 +123,20 @@ def test_an_answer_is_fresh_for_its_lifetime_and_for_as_long_as_the_client_says(
     age: float, asked: Directives, served: bool
 ) -> None:
     assert fresh(age, 60.0, asked) is served
+
+
+@pytest.mark.parametrize(
+    ("name", "life"),
+    [
+        ("epoch:k:instances", 3600.0),
+        ("epoch:market:offers", 7.0 + 7000.0),
+        ("epoch:k:all", 7.0 + 7000.0),
+        ("epoch:k:any", 3600.0),
+    ],
+)
+def test_an_epoch_is_remembered_as_long_as_anything_from_before_it_could_be_found(name: str, life: float) -> None:
+    rules = CacheRules(search_ttl=7.0, stale_for=7000.0)
+    assert epoch_life(name, ROUTES.families, rules) == life
 
 
 def test_a_family_has_its_own_lifetimes_or_those_of_searches() -> None:
