@@ -21,8 +21,9 @@ from typing import Any
 from urllib.parse import parse_qsl, quote
 
 import looptime
+import pytest
 from conftest import NOON
-from hypothesis import HealthCheck, Phase, event
+from hypothesis import HealthCheck, Phase, currently_in_test_context, event
 from hypothesis import settings as rules_of_the_run
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -210,6 +211,12 @@ class Call:
     rest: Rest | None = None
 
 
+def note(what: str) -> None:
+    """For `--hypothesis-show-statistics`: how often it comes so far."""
+    if currently_in_test_context():
+        event(what)
+
+
 asking: ContextVar[Asked] = ContextVar("who leads the call")
 
 
@@ -242,6 +249,7 @@ BAD = st.one_of(
     st.sampled_from([["lost", "404"], ["503", "404"], ["unsent", "404"], ["drop", "lost", "500"], ["unsent", "503"]]),
     st.sampled_from([["503"] * 6, ["lost"] * 6, ["unsent"] * 6]),
     st.sampled_from([["503"] * 6, ["drop"] * 6]),
+    st.sampled_from([["lost", "leave"], ["503", "leave"]]),
 )
 MAYBE = st.sampled_from([None, None, None, "", "", "no-cache", "max-age=0", "max-stale=100"])
 SECONDS = st.sampled_from([0.2, 0.9, 1.0, 4.0, 12.0, 40.0, 70.0, 930.0])
@@ -252,6 +260,7 @@ STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "answer": (8, st.tuples(ANY, OK, MAYBE)),
     "fail": (4, st.tuples(ANY, BAD)),
     "wait": (2, st.tuples(SECONDS)),
+    "wait_for_the_end": (2, st.tuples(ANY, st.booleans(), st.booleans())),
     "leave": (2, st.tuples(ANY, MAYBE)),
     "connect_or_not": (1, st.just(())),
     "reload": (1, st.tuples(st.sampled_from([5.0, 300.0]))),
@@ -276,7 +285,7 @@ class Paths(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = looptime.new_event_loop(start=0.0)
+        self.loop = looptime.new_event_loop(start=0.0, noop_cycles=1)
         self.complaints: list[Any] = []
         self.loop.set_exception_handler(lambda loop, context: self.complaints.append(context))
         self.accepts = True
@@ -419,7 +428,7 @@ class Paths(RuleBasedStateMachine):
             return
         self.drain()
         if how in FAILED and flight.members and all(member.waits for member in flight.members):
-            event("tried again")
+            note("tried again")
             return
         self.landed(flight)
 
@@ -459,7 +468,7 @@ class Paths(RuleBasedStateMachine):
 
     def goes_alone(self, asked: Asked, flight: Flight) -> None:
         """The answer was too large to be shared, and another has it."""
-        event("went alone")
+        note("went alone")
         flight.members.remove(asked)
         asked.alone, asked.joined = True, False
         asked.flight = Flight(None, asked, [asked])
@@ -475,7 +484,7 @@ class Paths(RuleBasedStateMachine):
                 self.goes_alone(asked, flight)
         write = flight.leader.write
         if write is not None and any(how not in ("404", "unsent") for how in flight.tries):
-            event(f"{'spend' if write.spend else 'write'} voids, after {'->'.join(flight.tries[-2:])}")
+            note(f"{'spend' if write.spend else 'write'} voids, after {'->'.join(flight.tries[-2:])}")
             for one in changed_by(write, flight.leader.who):
                 self.epochs[one] += 1
             for one, version in flight.made.items():
@@ -586,7 +595,7 @@ class Paths(RuleBasedStateMachine):
 
     def fail(self, which: int, hows: list[str]) -> None:
         """A call is not answered as it should be, nor are its next tries."""
-        if not self.live and hows[-1] in UNTOUCHED:
+        if not self.live and hows[-1] in (*UNTOUCHED, "leave"):
             self.write(which, "a", which % 2 == 0)
         elif not self.live:
             self.read(which, "a", "", which, which % 2 == 0)
@@ -594,6 +603,10 @@ class Paths(RuleBasedStateMachine):
             return
         flight = self.live[which % len(self.live)].flight
         for how in hows:
+            if how == "leave":
+                for asked in list(flight.members) if flight in self.flights else ():
+                    self.goes(asked, which, None)
+                break
             if flight.call is None:
                 self.wait(10.0)
             if flight not in self.flights or flight.call is None:
@@ -622,12 +635,25 @@ class Paths(RuleBasedStateMachine):
                 # Answered, or it was to wait for its turn no longer than for a stale answer.
                 self.landed(flight)
 
+    def wait_for_the_end(self, which: int, stale: bool, passed: bool) -> None:
+        """Until a stored answer is about to be no longer fresh, or too old for anything; or until it just is."""
+        if not self.kept:
+            return
+        call = [call for call, _ in self.kept.values()][-1 - which % len(self.kept)]
+        asked = replace(call.flight.leader, settings=self.pipeline.settings)
+        ttl, stale_for = self.lifetimes(asked)
+        until = call.began + ttl + (stale_for if stale else 0.0) + (0.01 if passed else -0.01)
+        if until > self.loop.time():
+            self.wait(until - self.loop.time())
+            self.read(self.reads.index(call.name), call.who, "", which, passed)
+
     def leave(self, which: int, then: str | None) -> None:
         """A client goes, and in the same moment somebody may ask the same."""
         waiting = [asked for asked in self.asked if asked.waits]
-        if not waiting:
-            return
-        asked = waiting[which % len(waiting)]
+        if waiting:
+            self.goes(waiting[which % len(waiting)], which, then)
+
+    def goes(self, asked: Asked, which: int, then: str | None) -> None:
         flight, call = asked.flight, asked.flight.call if asked.flight is not None else None
         assert asked.task is not None
         assert flight is not None
@@ -643,11 +669,11 @@ class Paths(RuleBasedStateMachine):
         self.drain()
         assert asked.task.cancelled()
         if flight.members:
-            event("left others behind")
+            note("left others behind")
         elif kept:
-            event(f"left a {'write' if asked.write else 'read'} that is finished all the same")
+            note(f"left a {'write' if asked.write else 'read'} that is finished all the same")
         else:
-            event(f"left {'while it waited' if call is None else 'a call that is cancelled'}")
+            note(f"left {'while it waited' if call is None else 'a call that is cancelled'}")
         assert call is None or call.cancelled == (not kept and not flight.members)
 
     def reload(self, ttl: float) -> None:
@@ -690,12 +716,12 @@ class Paths(RuleBasedStateMachine):
         if asked.write is not None:
             assert call.flight is asked.flight
             assert outcome.status == self.status(call.flight)
-            event("write answered")
+            note("write answered")
             return
         age = asked.ended - call.began
         ttl = self.lifetimes(asked)[0]
         if asked.flight is None:
-            event(f"hit{' of what another caller asked' if call.who != asked.who else ''}")
+            note(f"hit{' of what another caller asked' if call.who != asked.who else ''}")
             assert call is asked.hit
             assert exchange.cache is CacheStatus.HIT
             assert exchange.age == age
@@ -707,9 +733,11 @@ class Paths(RuleBasedStateMachine):
             assert asked.hit is None
             assert call.flight is asked.flight
             assert outcome.status == self.status(call.flight)
-            event(f"read answered {outcome.status}{' with others' if asked.joined else ''}")
+            note(f"read answered {outcome.status}{' with others' if asked.joined else ''}")
+            if call.flight.tries[-1] in FAILED:
+                self.check_nothing_stale(asked)
             if call.versions is not None and any(version < self.floor[one] for one, version in call.versions):
-                event("read begun before a write that has ended since")
+                note("read begun before a write that has ended since")
             plain = CacheStatus.BYPASS if asked.control.no_store else CacheStatus.MISS
             assert exchange.cache is (CacheStatus.COLLAPSED if asked.joined else plain)
         cookie = header(outcome.headers, "set-cookie")
@@ -733,24 +761,84 @@ class Paths(RuleBasedStateMachine):
         key = (self.sharer(asked), asked.name, self.in_force(seen_by(READS[asked.name], asked.who, shared=self.shared)))
         of_before = self.kept.get(key, (None, 0.0))[0] is not call
         assert flight.tries or not of_before, "of an earlier epoch, and only our own line was long"
-        event(f"stale{' of an earlier epoch' if of_before else ''}{'' if flight.tries else ' as its turn was far'}")
+        note(f"stale{' of an earlier epoch' if of_before else ''}{'' if flight.tries else ' as its turn was far'}")
+
+    def check_nothing_stale(self, asked: Asked) -> None:
+        """It was told of a failure, so there was nothing better."""
+        assert asked.flight is not None
+        if asked.control.max_age is None and not asked.control.no_cache and not asked.alone:
+            assert self.stored(asked.flight.leader, asked.ended, any_epoch=True) is None, "there was a stale answer"
 
     def check_refusal(self, asked: Asked, refusal: Refusal) -> None:
         if asked.flight is None:
             assert (refusal.code, asked.hit, asked.control.only_if_cached) == ("not_cached", None, True)
             return
-        leader, last = asked.flight.leader, asked.flight.tries[-1]
+        last = asked.flight.tries[-1]
         if asked.write is not None and asked.write.spend and last != "unsent":
             assert (last in ("503", "drop", "lost"), refusal.code) == (True, "outcome_unknown")
         else:
             assert (last in ("drop", "lost", "unsent"), refusal.code) == (True, "upstream_unreachable")
-        allowed = asked.control.max_age is None and not asked.control.no_cache and not asked.alone
-        if asked.write is None and allowed:
-            assert self.stored(leader, asked.ended, any_epoch=True) is None, "there was a stale answer"
-        event(f"told {refusal.code}")
+        if asked.write is None:
+            self.check_nothing_stale(asked)
+        note(f"told {refusal.code}")
 
     def status(self, flight: Flight) -> int:
         return {"404": 404, "gone": 404, "500": 500, "503": 503}.get(flight.tries[-1], 200)
+
+
+# --- What seldom happens by chance ------------------------------------------------------------------------------------
+
+ASK, WRITE, ANSWER = ("read", (0, "a", "", 0, False)), ("write", (0, "a", False)), ("answer", (0, "ok", None))
+DIES = ("fail", (0, ["503"] * 6))
+Steps = tuple[str, str, list[tuple[str, tuple[Any, ...]]]]
+SELDOM: dict[str, Steps] = {
+    "a write is done, and then it is not found": ("user", "label", [WRITE, ("fail", (0, ["lost", "404"])), ASK]),
+    "a write is done, and then given up": ("user", "label", [WRITE, ("fail", (0, ["lost", "leave"])), ASK]),
+    "an offer that is shown is gone": ("offers 1", "rent", [WRITE, ("fail", (0, ["404"])), ASK]),
+    "another thing is not found": ("ssh", "add key", [WRITE, ("fail", (0, ["404"])), ASK]),
+    "a write that voids all": ("offers 1", "unlisted", [WRITE, ANSWER, ASK]),
+    "a write that voids what is seen": ("ssh", "add key", [ASK, WRITE, ANSWER, ASK]),
+    "a write while nobody's is read": ("unlisted", "add key", [ASK, WRITE, ("answer", (1, "ok", None)), ASK]),
+    "a read that began before a write": (
+        "ssh",
+        "add key",
+        [("wait", (40.0,)), ASK, ("act", (0,)), WRITE, ("answer", (1, "ok", None)), ANSWER, ASK],
+    ),
+    "stale after a write": ("templates", "add template", [WRITE, ANSWER, DIES]),
+    "stale on the market after a write": ("offers 1", "rent", [WRITE, ANSWER, DIES]),
+    "stale after its time": ("templates", "label", [("wait", (40.0,)), DIES]),
+    "none stale for one that wants it fresh": (
+        "templates",
+        "label",
+        [("read", (0, "a", "no-cache", 0, False)), DIES, ("read", (0, "a", "max-age=0", 0, False)), DIES],
+    ),
+    "the end of being fresh": (
+        "templates",
+        "label",
+        [("wait_for_the_end", (0, False, late)) for late in (False, True)],
+    ),
+    "the end of being stale": ("offers 1", "label", [("wait_for_the_end", (0, True, False)), DIES]),
+    "too old to be stale": ("offers 1", "label", [("reload", (5.0,)), ("wait_for_the_end", (0, True, True)), DIES]),
+    "one that comes as the last one leaves": ("ssh", "add key", [WRITE, ANSWER, ASK, ("leave", (0, ""))]),
+    "one that comes as it is answered": ("unlisted", "label", [ASK, ("answer", (0, "ok", ""))]),
+    "too large to be shared": ("unlisted", "label", [ASK, ASK, ASK, ("answer", (0, "large", None))]),
+}
+"""What is asked, what is written, and what happens once the answer is stored."""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", SELDOM)
+def test_what_seldom_happens(name: str, shared: bool) -> None:
+    read, write, steps = SELDOM[name]
+    paths = Paths()
+    try:
+        paths.begin(shared, ([read], [write]))
+        for step in [("reload", (300.0,)), ASK, ANSWER, *steps]:
+            paths.step(step)
+            paths.everybody_answered_was_answered_right()
+            paths.nothing_is_left_but_what_is_under_way()
+    finally:
+        paths.teardown()
 
 
 RUNS = int(os.environ.get("MODEL_RUNS", "0"))
