@@ -198,10 +198,12 @@ class Limiter(AsyncLimiter):
         """A call that was charged was not sent."""
         self._level = max(0.0, self._level - 1)
 
-    def retain(self, before: Limiter) -> None:
-        """Take over what was charged under other settings: a reload must not hand out a fresh burst."""
-        before._leak()
-        self._level, self._last_check = min(before._level, self.max_rate), before._last_check
+    def change(self, ceiling: Ceiling) -> None:
+        """Other settings. What was charged stays, so that no fresh burst is handed out, and can be given back."""
+        self._leak()
+        self.max_rate, self.time_period = ceiling.burst, ceiling.burst * ceiling.per / ceiling.rate
+        self._rate_per_sec = self.max_rate / self.time_period
+        self._level = min(self._level, self.max_rate)
 
 
 class Origin(_Order):
@@ -222,9 +224,10 @@ class Origin(_Order):
         """Lines that stand in `ready`: its void entries not counted."""
 
     def set_ceiling(self, ceiling: Ceiling | None) -> None:
-        before, self.limiter = self.limiter, Limiter(ceiling) if ceiling is not None else None
-        if before is not None and self.limiter is not None:
-            self.limiter.retain(before)
+        if ceiling is not None and self.limiter is not None:
+            self.limiter.change(ceiling)
+        else:
+            self.limiter = Limiter(ceiling) if ceiling is not None else None
 
     def delay(self) -> float:
         """Seconds until the ceiling and the slots let a call go; infinite: when one in flight has come back."""
@@ -512,6 +515,8 @@ class Admission:
         if len(origin.ready) > 64 + 4 * origin.listed:
             origin.ready = [entry for entry in origin.ready if entry[3] == entry[2].version]
             heapify(origin.ready)
+        if not origin.waiting:
+            origin.timed.clear()  # gates that nobody stands at any more
         if origin.timed:
             wake = min(wake, origin.timed[0][0])
         if origin.timer is not None:

@@ -36,6 +36,8 @@ SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
 ORIGINS_KEPT = 8
 """Other origins whose lessons stay in the state file."""
+_UNFINISHED = ".state-"
+"""How the names of state files begin that are being written."""
 BACKLOG = 1024
 """Connections that may wait to be taken in."""
 
@@ -193,6 +195,9 @@ class StateFile:
         """The buckets of these origins as they were dumped; nothing, with a warning, where they cannot be read."""
         if self.path is None:
             return {}
+        for left in self.path.parent.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                left.unlink()  # of a process that was killed as it wrote
         try:
             found = json.loads(self.path.read_bytes())
             learned = found["origins"]
@@ -232,7 +237,7 @@ class StateFile:
         self._origins = dict(others) | {origin: learned for origin, learned in ours.items() if learned}
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".state-")
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=_UNFINISHED)
             try:
                 with os.fdopen(handle, "w") as file:
                     json.dump({"version": 1, "origins": self._origins}, file, indent=1)
@@ -296,17 +301,6 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     configure_logging(settings.log)
     raise_open_files(settings)
     app = App(settings)
-    try:
-        await app.start()
-    except BaseException:
-        await app.upstream.close()
-        raise
-    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
-    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
-    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
-    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
 
@@ -326,9 +320,21 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         kept = app.reload(fresh)
         log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
 
+    # Before it listens: who sees that it does may send one at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_reload)
+    try:
+        await app.start()
+    except BaseException:
+        await app.upstream.close()
+        raise
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
+    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
+    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
+    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
+    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

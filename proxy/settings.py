@@ -84,7 +84,7 @@ class UpstreamRules:
     connect_timeout: Seconds = 10.0
     """For a connection, TLS included; 0: no limit."""
     read_timeout: Seconds = 120.0
-    """The longest silence between two bytes of an answer; 0: no limit."""
+    """The longest silence between two bytes of an answer, and the longest sending of a request; 0: no limit."""
     keepalive: Seconds = 15.0
     """How long an idle connection to upstream is kept."""
     max_connections: Count = 100

@@ -83,16 +83,38 @@ class Client:
         return await self("DELETE", path, {}, **more)
 
 
+class Date:
+    """The date: it goes on with the loop's time, and is set forward or back by who likes."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self.off = 0.0
+        """Seconds by which the proxy's clock is wrong; the fake's is right."""
+
+    def right(self) -> float:
+        return NOON + self._loop.time() - self._began
+
+    def __call__(self) -> float:
+        return self.right() + self.off
+
+
 class Gateway(Client):
     """A proxy, the fake behind it, and a client of it."""
 
     def __init__(
-        self, app: App, fake: FakeVast, session: aiohttp.ClientSession, another: Callable[[Settings], App]
+        self,
+        app: App,
+        fake: FakeVast,
+        session: aiohttp.ClientSession,
+        another: Callable[[Settings], App],
+        date: Date,
     ) -> None:
         super().__init__(session, f"http://{app.address}")
         self._another = another
         self.app = app
         self.fake = fake
+        self.date = date
 
     def offer(self, number: int = 0) -> str:
         """The path that rents an offer that is still to be had."""
@@ -109,6 +131,22 @@ class Gateway(Client):
         await asyncio.sleep(pause)
         self.app = self._another(replace(old.settings, listen=old.address))
         await self.app.start()
+
+
+def assert_nothing_is_left(gateway: Gateway, tasks: set[asyncio.Task[Any]]) -> None:
+    """No slot, token, line, gate, flight or upstream connection is in use, and no task is there but `tasks`."""
+    admission = gateway.app.admission
+    assert (admission.waiting, admission.in_flight, admission._gates) == (0, 0, {})
+    assert all((origin.waiting, origin.in_flight) == (0, 0) for origin in admission.origins.values())
+    assert all(bucket.pending == 0 for bucket in admission._buckets.values())
+    accounts = admission._accounts.values()
+    assert all((one.bucket.pending, one.in_flight, one.waiting) == (0, 0, 0) for one in accounts)
+    assert all((len(line), line.out) == (0, 0) for line in admission._queues.values())
+    assert repr(gateway.app.pipeline.flights) == "<Coalescer 0 flights, 0 members>"
+    connector = gateway.app.upstream._session.connector
+    assert connector is not None
+    assert not connector._acquired
+    assert [task for task in asyncio.all_tasks() - tasks if "RequestHandler" not in repr(task)] == []
 
 
 Start = Callable[..., Any]
@@ -135,6 +173,7 @@ def settings_for(fake_url: str, tmp_path: Path, given: Mapping[str, Any] | None 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Start a proxy in front of a fake: `await start(Behaviour(...), limits={"scale": 2})`. All ends with the test."""
+    date: Date | None = None
     async with AsyncExitStack() as stack:
 
         async def begin(
@@ -146,14 +185,10 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             fast: bool = False,
             **given: Any,
         ) -> Gateway:
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-
-            def wall() -> float:
-                return NOON + loop.time() - began
-
+            nonlocal date
+            date = date or Date()  # not sooner: the time is virtual only from here
             if fake is None:
-                fake = FakeVast(behaviour, wall=wall)
+                fake = FakeVast(behaviour, wall=date.right)
                 await fake.start(ssl_context=server_tls)
                 stack.push_async_callback(fake.stop)
             if fast:
@@ -163,7 +198,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             settings = settings_for(fake.url, tmp_path, given)
 
             def another(settings: Settings) -> App:
-                return App(settings, wall=wall, tls=client_tls, chance=lambda: 0.5)
+                assert date is not None
+                return App(settings, wall=date, tls=client_tls, chance=lambda: 0.5)
 
             app = another(settings)
             await app.start()
@@ -172,7 +208,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                     connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
                 )
             )
-            gateway = Gateway(app, fake, session, another)
+            gateway = Gateway(app, fake, session, another, date)
 
             async def end() -> None:
                 await gateway.app.stop(1.0)

@@ -281,6 +281,17 @@ async def test_when_nobody_waits_there_is_no_timer() -> None:
     assert world.clock.fired == fired
 
 
+async def test_when_the_last_one_has_left_there_is_no_timer() -> None:
+    world = World()
+    await world.call("sent", TEN)
+    waits = world.begin("waits", TEN)
+    await asyncio.sleep(1.0)
+    assert world.clock.pending > 0
+    waits.cancel()
+    await asyncio.wait([waits])
+    assert world.clock.pending == 0
+
+
 async def test_a_bucket_shut_for_ten_minutes_wakes_nobody_before(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatched = 0
     dispatch = Admission._dispatch
@@ -830,6 +841,15 @@ async def test_other_settings_count_from_then_on_and_hand_out_no_fresh_burst() -
     await asyncio.gather(*(world.call(str(number), FREE[number]) for number in range(2)))
     assert world.times == pytest.approx([0.0, 0.0, 2.0, 4.0])
     assert world.bucket(TWO).interval == 6.0
+
+
+async def test_what_was_charged_before_a_reload_can_be_given_back_after_it() -> None:
+    world = World(global_=Ceiling(rate=1.0, per=1000.0, burst=1.0))
+    ticket = await world.granted(FREE[0])
+    world.admission.reconfigure(LimitRules(global_=Ceiling(rate=1.0, per=900.0, burst=1.0)), QueueRules(), 100)
+    ticket.close()  # nothing was sent
+    await world.call("next", FREE[1])
+    assert world.times == [0.0]
 
 
 async def test_another_margin_counts_from_then_on() -> None:

@@ -45,6 +45,13 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(path: Path, monkeypat
     assert [file.name for file in path.parent.iterdir()] == ["state.json"]
 
 
+def test_what_a_killed_process_had_half_written_is_cleared_away(path: Path) -> None:
+    StateFile(path).write(LEARNED, HERE)
+    (path.parent / ".state-abc").write_text('{"version": 1, "or')
+    assert StateFile(path).read(HERE) == LEARNED
+    assert [file.name for file in path.parent.iterdir()] == ["state.json"]
+
+
 @pytest.mark.parametrize(
     "damage",
     ["", "{", "[]", "null", '{"version": 2, "origins": {}}', '{"version": 1}', '{"version": 1, "origins": {"x": 1}}'],

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Answer, Gateway, Start
+from conftest import Answer, Gateway, Start, assert_nothing_is_left
 from fake_vast import Behaviour, Fault, Form, Kind, Limit, identity_of
 
 pytestmark = pytest.mark.looptime
@@ -110,18 +110,6 @@ class Scenario:
             old: Any = gateway.app.settings
             changed: dict[str, Any] = {section: replace(getattr(old, section), **values)}
             gateway.app.reload(replace(old, **changed))
-
-
-def assert_nothing_is_left(gateway: Gateway, tasks: set[asyncio.Task[Any]]) -> None:
-    admission = gateway.app.admission
-    assert (admission.waiting, admission.in_flight, admission._gates) == (0, 0, {})
-    assert all((origin.waiting, origin.in_flight) == (0, 0) for origin in admission.origins.values())
-    assert all(bucket.pending == 0 for bucket in admission._buckets.values())
-    accounts = admission._accounts.values()
-    assert all((one.bucket.pending, one.in_flight, one.waiting) == (0, 0, 0) for one in accounts)
-    assert all((len(line), line.out) == (0, 0) for line in admission._queues.values())
-    assert repr(gateway.app.pipeline.flights) == "<Coalescer 0 flights, 0 members>"
-    assert [task for task in asyncio.all_tasks() - tasks if "RequestHandler" not in repr(task)] == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)

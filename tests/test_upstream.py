@@ -273,6 +273,29 @@ async def test_a_silence_that_is_too_long_ends_a_call_that_was_sent(parser: str,
         assert len(server.seen) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+async def test_a_body_that_nobody_reads_is_given_up_as_an_answer_that_does_not_come() -> None:
+    over = asyncio.Event()
+
+    async def never_reads(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.transport.abort()
+
+    listener = await asyncio.start_server(never_reads, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    large = Request("PUT", "/api/v0/asks/1/", (), b"x" * 24 * 1024 * 1024)
+    try:
+        async with asyncio.timeout(1000.0), client(url, read_timeout=30.0) as upstream:
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(UpstreamError) as lost:
+                await upstream.send(large, "api", lambda: None)
+            assert (lost.value.sent, lost.value.timed_out) == (True, True)
+            assert 29 <= asyncio.get_running_loop().time() - began <= 32
+    finally:
+        over.set()
+        listener.close()
+
+
 async def test_an_answer_that_goes_on_is_waited_for_however_long_it_takes() -> None:
     async def drip(_: RawUpstream, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")

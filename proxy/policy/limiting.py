@@ -649,8 +649,10 @@ class Bucket:
         """Take over what `dump` gave, as far as it is sane: a clock that jumped must not shut a bucket for days."""
         # A debt that is forgotten costs one refusal; one that a clock set back has lengthened would cost an hour.
         longest = self.spacing * (self.capacity + 1) + max(600.0, 20 * self.base.penalty * self.interval)
-        full_at = _number(kept.get("full_at"))
+        full_at, seen = _number(kept.get("full_at")), _number(kept.get("seen"))
         if full_at is not None and full_at > wall:
+            if seen:  # the date of its last call, to the second: it can owe no more than it did then
+                longest = max(0.0, min(longest, full_at - seen + 1.0))
             self.tat = now + min(full_at - wall, longest)
         margin = _number(kept.get("margin"))
         if margin is not None:

@@ -746,6 +746,13 @@ def test_a_clock_that_was_set_back_does_not_shut_a_bucket_for_days(ahead: float)
     assert 7.0 < bucket.due(7.0) <= 7.0 + 610.0
 
 
+@pytest.mark.parametrize("back", [1.0, 3600.0, 1e6])
+def test_a_clock_that_was_set_back_lengthens_no_debt_of_a_call_whose_date_is_known(back: float) -> None:
+    bucket = Bucket(Rate(20.0))
+    bucket.load({"full_at": NOON + back + 15.0, "seen": NOON + back - 5.0}, 7.0, NOON)
+    assert 7.0 + 15.0 <= bucket.due(7.0) <= 7.0 + 21.0
+
+
 def test_what_was_learned_in_the_future_is_not_believed() -> None:
     bucket = Bucket(Rate(2.0))
     bucket.load({"interval": 9.0, "learned_at": NOON + 3600.0}, 7.0, NOON)
@@ -756,7 +763,18 @@ GARBAGE = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.just([]), st.just({}), st.just(NOON + 1.0)
 )
 KEPT = st.sampled_from(
-    ["full_at", "margin", "learned_at", "interval", "capacity", "named", "longest_refused", "shortest_accepted", "why"]
+    [
+        "full_at",
+        "margin",
+        "learned_at",
+        "interval",
+        "capacity",
+        "named",
+        "longest_refused",
+        "shortest_accepted",
+        "seen",
+        "why",
+    ]
 )
 
 
