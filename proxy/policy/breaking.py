@@ -74,7 +74,7 @@ class _Health:
         wait = self.until - now if self.opened else 0.0
         if wait > 0 and self.probed:
             return min(wait, LOOK_AGAIN)
-        if call.careful and self.failures >= 2:
+        if call.careful and self.failures >= 2 and not self.unreachable:  # what was not sent is not lost
             wait = max(wait, self.failed_at + _pause(rules, self.failures - 1) - now)
         # Whoever has not failed yet need not suffer for who has: that may be one caller, or one route, by itself.
         innocent = not self.unreachable and (call.route not in self.routes or call.caller not in self.callers)
