@@ -10,14 +10,15 @@ from typing import Any, Protocol
 from cachetools import TTLCache
 
 from .admission import Admission, Turn
+from .cleaning import cleaned
 from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
-from .policy import caching, guarding, queueing, retrying
+from .policy import caching, guarding, members, queueing, retrying
 from .policy.breaking import Breaker
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
-from .policy.identity import Caller, identify
+from .policy.identity import Caller
 from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
 from .policy.routing import Route
@@ -97,6 +98,8 @@ class Understood:
     """Seconds for which it can be held."""
     idempotency_key: str = ""
     """By which a write says itself whether it is another one."""
+    forbidden: Refusal | None = None
+    """Why this member of the team may not ask for it."""
     seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
@@ -177,13 +180,15 @@ class Pipeline:
         # Places given up unserved, kept a while for whoever comes back with the same request.
         self._places: TTLCache[str, deque[Turn]] = TTLCache(PLACES, PLACE_KEPT_FOR, timer=clock.now)
 
-    def understand(self, request: Request, fields: Headers, *, http_1_1: bool) -> Understood:
+    def understand(self, request: Request, fields: Headers, *, http_1_1: bool, address: str = "") -> Understood:
         """Who asks what, and how long it can be held; `fields`: its headers before any was stripped.
 
-        A pure function of the request and the settings in force, so that whoever sees the same bytes again may keep it.
+        A pure function of the request, the client's address and the settings in force, so that whoever sees the same
+        again may keep it. Raises Refusal.
         """
         settings = self.settings
-        caller = identify(request)
+        asked_for = request.target
+        request, caller = members.admit(request, settings.team, settings.team_keys, address)
         route = settings.routes.match(request.method, request.target)
         key = "" if route.is_read else guarding.idempotency_key(request)
         if any(name.lower() == guarding.FIELD for name, _ in request.headers):  # it is for us
@@ -198,12 +203,17 @@ class Pipeline:
         epochs = caching.epochs_of_read(route, caller, settings.cache)
         stored = question is not None and route.family is not None
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
-        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key)
+        forbidden = members.forbidden(caller, route, asked_for, settings.team)
+        return Understood(
+            settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key, forbidden
+        )
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
+        if known.forbidden is not None:
+            raise known.forbidden.with_traceback(None)
         if route.refused:
             raise Refusal(403, "not_for_clients", f"{route.name} is for workers inside instances, not for this proxy")
         if known.lifetime is not None:
@@ -483,6 +493,7 @@ class Pipeline:
             response = await self.upstream.send(journey.request, known.route.upstream, sent)
             if response.status == 429 or response.status in retrying.PASSING:
                 response = _cut_short(response)
+            response = cleaned(response, known.route, known.settings.team_keys)
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)

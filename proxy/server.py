@@ -169,13 +169,14 @@ class Server(web.Server):
             _target(request)  # a request that is refused for its head is refused before its body is read
             body = await _body(request, self.rules, self.bodies, self._clock)
         http_1_1 = request.version >= HttpVersion11
-        key = (request.method, request._message.path, request.raw_headers, body, http_1_1)
+        address = request.remote or ""
+        key = (request.method, request._message.path, request.raw_headers, body, http_1_1, address)
         known = self._known.get(key)
         if known is not None and known.settings is self._pipeline.settings:
             return known
         fields = _fields(request.raw_headers)
         asked = Request(request.method, _target(request), end_to_end(fields), body)
-        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1)
+        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1, address=address)
         if known.route.is_read and len(body) <= LONGEST_KEPT:
             self._known[key] = known
         return known
@@ -783,6 +784,8 @@ async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, c
     transport = request.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client went away")
+    if not data:
+        return  # as a chunk it would be the end
     exchange.bytes_out += len(data)
     connection = request.protocol
     assert isinstance(connection, _Connection)
