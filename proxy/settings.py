@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -36,6 +36,7 @@ from .keys import read_key
 from .policy import members
 from .policy.breaking import BreakerRules
 from .policy.caching import CacheRules
+from .policy.exposure import AdminRules, Network, is_loopback
 from .policy.guarding import WriteRules
 from .policy.limiting import LimitRules
 from .policy.members import Secret, TeamRules
@@ -154,6 +155,13 @@ class Settings:
     drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
     state: StateRules = field(default_factory=StateRules)
+    allow_open: bool = False
+    """Other machines may connect although there is no team."""
+    hosts: tuple[Domain, ...] = ()
+    """Names with a dot in them by which clients may call the proxy."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Whose X-Forwarded-For counts."""
+    admin: AdminRules = field(default_factory=AdminRules)
     team: TeamRules = field(default_factory=TeamRules)
     routes: Routes
     """The shipped table of endpoints, with the user's laid over it."""
@@ -186,6 +194,8 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     team_keys: dict[str, Secret] = {}
     if root is not None and routes is not None:
         team_keys = _read_team(root.team, routes, environ, found)
+        if not (is_loopback(root.listen.host) or root.team or root.allow_open):
+            found.faults.append(Fault(found.place(("listen",)), f"listen: {_OPEN.format(root.listen)}"))
     if found.faults or root is None or routes is None:
         raise SettingsError("\n".join(str(fault) for fault in sorted(found.faults, key=lambda fault: fault.place)))
 
@@ -447,6 +457,12 @@ def _read_routes(found: Layer) -> Routes | None:
     return None
 
 
+_OPEN = (
+    "{} is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
+    "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
+)
+
+
 def _read_team(team: TeamRules, routes: Routes, environ: Mapping[str, str], found: Layer) -> dict[str, Secret]:
     """The keys of a team; what is wrong with it goes to the faults."""
     for key, text in members.faults(team, routes):
@@ -653,6 +669,10 @@ def _file_name(found: str) -> str:
     return found
 
 
+def _network(found: str) -> object:
+    return ip_network(found, strict=False)
+
+
 def _token_hash(found: str) -> str:
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
         raise ValueError
@@ -679,6 +699,7 @@ UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "domain": (_text(_domain), "a domain (example: vast.ai)"),
     "file": (_text(_file), "the name of a file, or null"),
     "file name": (_text(_file_name), "the name of a file"),
+    "network": (_text(_network), "an address or a block of them (examples: 10.0.0.7, 10.0.0.0/8, fd00::/8)"),
     "token hash": (_text(_token_hash), "sha256: and 64 hexadecimal digits, as `vast-proxy token new` prints it"),
     "route": (_text(_route_name), 'a method and a path (example: "DELETE /api/v0/instances/{id}/")'),
 }

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import zipfile
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from subprocess import run
 from sys import executable
@@ -188,7 +189,11 @@ def test_routes_of_the_user_are_laid_over_the_shipped_ones(tmp_path: Path) -> No
 
 LEAVES = [key for key in known_keys() if not any(other[:-1] == key for other in known_keys())]
 OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
-    ("listen",): ("0.0.0.0:99", Listen("0.0.0.0", 99)),
+    ("listen",): ("127.0.0.2:99", Listen("127.0.0.2", 99)),
+    ("allow_open",): ("true", True),
+    ("hosts",): ("[proxy.example]", ("proxy.example",)),
+    ("trusted_proxies",): ("[10.0.0.7/8, '::1']", (ip_network("10.0.0.0/8"), ip_network("::1"))),
+    ("admin", "token"): (HASH, HASH),
     ("upstreams", "api"): ("http://a.example", "http://a.example"),
     ("upstreams", "serverless"): ("http://b.example", "http://b.example"),
     ("upstreams", "hosts"): ("[c.example]", ("c.example",)),
@@ -217,6 +222,16 @@ def test_a_team_can_be_given_in_the_environment() -> None:
     settings = from_environment(TEAM__KEYS="{a: {env: HOME_KEY}}", TEAM__MEMBERS=members)
     assert settings.team.members["ada"] == Member(token=HASH, key="a")
     assert settings.team_keys["a"].value == NOWHERE["HOME_KEY"]
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "[::ffff:127.0.0.1]:1"])
+def test_to_listen_on_this_machine_alone_needs_nothing(listen: str) -> None:
+    assert from_environment(LISTEN=listen)
+
+
+@pytest.mark.parametrize("more", [{"ALLOW_OPEN": "true"}, {"TEAM__KEYS": "{a: {env: HOME_KEY}}"}])
+def test_to_listen_elsewhere_needs_a_team_or_to_be_meant(more: dict[str, str]) -> None:
+    assert from_environment(LISTEN="0.0.0.0:80", **more).listen.port == 80
 
 
 def test_routes_can_be_given_in_the_environment() -> None:
@@ -263,6 +278,11 @@ URL = "expected an http or https URL without path, query or user (example: https
 LISTEN = "expected HOST:PORT (examples: 127.0.0.1:8080, [::1]:8080)"
 DURATION = 'expected a duration (examples: 60, "500ms", "15m")'
 TOKEN = "expected sha256: and 64 hexadecimal digits, as `vast-proxy token new` prints it"
+NETWORK = "expected an address or a block of them (examples: 10.0.0.7, 10.0.0.0/8, fd00::/8)"
+OPEN = (
+    "is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
+    "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
+)
 SIZE = 'expected a size in bytes (examples: 1048576, "512KiB", "64MiB")'
 
 
@@ -350,6 +370,11 @@ SIZE = 'expected a size in bytes (examples: 1048576, "512KiB", "64MiB")'
             f"team: {{keys: {{default: {{env: HOME_KEY}}}}, members: {{ada: {{token: '{HASH}', effects: [rent]}}}}}}",
             "proxy.yaml:1: team.members.ada.effects[0]: expected one of read, search, write, spend, auth, got 'rent'",
         ),
+        ("trusted_proxies: [10.0.0.0/33]", f"proxy.yaml:1: trusted_proxies[0]: {NETWORK}, got '10.0.0.0/33'"),
+        ("listen: 0.0.0.0:80", f"proxy.yaml:1: listen: 0.0.0.0:80 {OPEN}"),
+        ("listen: '[::]:80'", f"proxy.yaml:1: listen: [::]:80 {OPEN}"),
+        ("listen: my-machine:80", f"proxy.yaml:1: listen: my-machine:80 {OPEN}"),
+        ("admin: {token: SECRET}", f"proxy.yaml:1: admin.token: {TOKEN}"),
         ("team: {keys: {default: {}}}", "proxy.yaml:1: team.keys.default: expected either `file` or `env`"),
         (
             "team: {keys: {default: {env: NO_KEY}}}",
