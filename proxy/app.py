@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, certificates
 from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
@@ -78,12 +78,22 @@ class App:
         # Clients of earlier settings, each until its last call has ended.
         self._retiring: dict[asyncio.Task[None], Upstream] = {}
         self.address = settings.listen
+        self._certificate: ssl.SSLContext | None = None
+        """What clients are shown; None: they speak plain HTTP."""
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         listen = self.settings.listen
-        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG)
+        tls, rules = self.settings.tls, self.settings.server
+        more: dict[str, Any] = {}
+        if tls.cert is not None and tls.key is not None:
+            try:
+                self._certificate = certificates.context(tls.cert, tls.key)
+            except ValueError as error:  # it was there a moment ago, when the settings were read
+                raise OSError(str(error)) from None
+            more = {"ssl": self._certificate, "ssl_handshake_timeout": rules.header_timeout or None}
+        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG, **more)
         port = self._listener.sockets[0].getsockname()[1]
         self.address = Listen(listen.host, port)
         self._saver = asyncio.create_task(self._save_now_and_then())
@@ -124,6 +134,13 @@ class App:
         before, self.settings = self.settings, settings
         if before.listen != settings.listen:
             kept.append("listen")
+        if (before.tls.cert is None) != (settings.tls.cert is None):
+            kept.append("tls")
+        elif self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
+            try:
+                certificates.renew(self._certificate, settings.tls.cert, settings.tls.key)
+            except ValueError as error:
+                log.error("the certificate in use stays: %s", error)
         if before.state != settings.state:
             kept.append("state.file")
         if before.server.keepalive != settings.server.keepalive:
@@ -303,8 +320,9 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         raise
     # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
-    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
-    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
+    scheme = "http" if settings.tls.cert is None else "https"
+    url = f"{scheme}://{Listen(loopback, app.address.port) if loopback else app.address}"
+    print(f"vast-proxy {__version__} listens on {scheme}://{app.address} for {settings.upstreams.api}", flush=True)
     elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
     print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     loop = asyncio.get_running_loop()

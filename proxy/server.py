@@ -484,7 +484,10 @@ class _TurnedAway(asyncio.Protocol):
         fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
         head = f"HTTP/1.1 503 Service Unavailable\r\n{fields}Content-Length: {len(response.body)}\r\n"
         transport.write(f"{head}Connection: close\r\n\r\n".encode("latin-1") + response.body)
-        transport.write_eof()
+        if transport.can_write_eof():
+            transport.write_eof()
+        else:
+            transport.close()  # TLS: what was written goes out first
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._timer.cancel()
@@ -552,7 +555,8 @@ def _origin_form(raw: str, request: web.BaseRequest) -> str:
     scheme, mark, rest = raw.partition("://")
     authority, slash, path = rest.partition("/")
     own = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    if mark and scheme.lower() == "http" and own is not None:
+    tls = request.transport is not None and request.transport.get_extra_info("sslcontext") is not None
+    if mark and scheme.lower() == ("https" if tls else "http") and own is not None:
         names = {f"{own[0]}:{own[1]}", f"localhost:{own[1]}", f"[{own[0]}]:{own[1]}"}
         if authority.lower() in names:
             return slash + path if slash else "/"

@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from . import certificates
 from .keys import read_key
 from .policy import members
 from .policy.breaking import BreakerRules
@@ -116,6 +117,16 @@ class ServerRules:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsRules:
+    """How clients connect over TLS: `tls` in the settings. Both files, or neither."""
+
+    cert: File | None = None
+    """The certificate and those between it and the authority, in PEM. None: plain HTTP."""
+    key: File | None = None
+    """Its private key, in PEM, without a password."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRules:
     """How the proxy ends: `drain` in the settings."""
 
@@ -157,6 +168,7 @@ class Settings:
     state: StateRules = field(default_factory=StateRules)
     allow_open: bool = False
     """Other machines may connect although there is no team."""
+    tls: TlsRules = field(default_factory=TlsRules)
     hosts: tuple[Domain, ...] = ()
     """Names with a dot in them by which clients may call the proxy."""
     trusted_proxies: tuple[Network, ...] = ()
@@ -194,6 +206,7 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     team_keys: dict[str, Secret] = {}
     if root is not None and routes is not None:
         team_keys = _read_team(root.team, routes, environ, found)
+        _check_tls(root.tls, found)
         if not (is_loopback(root.listen.host) or root.team or root.allow_open):
             found.faults.append(Fault(found.place(("listen",)), f"listen: {_OPEN.format(root.listen)}"))
     if found.faults or root is None or routes is None:
@@ -455,6 +468,18 @@ def _read_routes(found: Layer) -> Routes | None:
             return None if faults else routes
     found.faults += faults
     return None
+
+
+def _check_tls(tls: TlsRules, found: Layer) -> None:
+    if tls.cert is None or tls.key is None:
+        for name, other, given in (("cert", "key", tls.cert), ("key", "cert", tls.key)):
+            if given is not None:
+                found.faults.append(Fault(found.place(("tls", name)), f"tls.{name}: needs tls.{other} beside it"))
+        return
+    try:
+        certificates.context(tls.cert, tls.key)
+    except ValueError as error:
+        found.faults.append(Fault(found.place(("tls",)), f"tls: {error}"))
 
 
 _OPEN = (

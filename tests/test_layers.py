@@ -14,12 +14,13 @@ EVERYTHING = {file.stem for file in PROXY.glob("*.py")} | {"policy", ""}
 
 MAY_IMPORT = {
     "clock": set(),
+    "certificates": set(),
     "cleaning": {"policy"},
     "keys": {"policy"},
     "bounds": {"clock"},
     "coalescer": set(),
     "store": {"clock"},
-    "settings": {"keys", "policy"},
+    "settings": {"certificates", "keys", "policy"},
     "upstream": {"policy", "settings"},
     "admin": {"policy"},
     "admission": {"clock", "policy"},

@@ -206,7 +206,7 @@ OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in LEAVES if key[0] not in ("routes", "families", "team")], ids=str)
+@pytest.mark.parametrize("key", [key for key in LEAVES if key[0] not in ("routes", "families", "team", "tls")], ids=str)
 def test_every_key_can_be_set_in_the_environment(key: tuple[str, ...]) -> None:
     text, value = OTHER_VALUES.get(key, ("17", 17))
     if key == ("queue", "heartbeats"):
@@ -374,6 +374,9 @@ SIZE = 'expected a size in bytes (examples: 1048576, "512KiB", "64MiB")'
         ("listen: 0.0.0.0:80", f"proxy.yaml:1: listen: 0.0.0.0:80 {OPEN}"),
         ("listen: '[::]:80'", f"proxy.yaml:1: listen: [::]:80 {OPEN}"),
         ("listen: my-machine:80", f"proxy.yaml:1: listen: my-machine:80 {OPEN}"),
+        ("tls: {cert: /x}", "proxy.yaml:1: tls.cert: needs tls.key beside it"),
+        ("tls:\n  key: /x", "proxy.yaml:2: tls.key: needs tls.cert beside it"),
+        ("tls:\n  cert: /x\n  key: /x", "proxy.yaml:2: tls: /x cannot be read: No such file or directory"),
         ("admin: {token: SECRET}", f"proxy.yaml:1: admin.token: {TOKEN}"),
         ("team: {keys: {default: {}}}", "proxy.yaml:1: team.keys.default: expected either `file` or `env`"),
         (
