@@ -28,6 +28,7 @@ from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
 from .settings import Listen, LogRules, Settings, SettingsError
+from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
 
@@ -63,7 +64,15 @@ class App:
         self.breakers = {name: Breaker(settings.breaker) for name in self._origins()}
         self.upstream = Upstream(settings.upstreams, tls)
         self.pipeline = Pipeline(
-            settings, self.clock, self.store, self.admission, self.ledger, self.breakers, self.upstream, chance
+            settings,
+            self.clock,
+            self.store,
+            self.admission,
+            self.ledger,
+            self.breakers,
+            self.upstream,
+            chance,
+            Spends(self.clock, spends_of(settings.state.file)),
         )
         self.admin = Admin(self._status, lambda: self._ready)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
@@ -272,6 +281,11 @@ class StateFile:
 def journal_of(state_file: Path | None) -> Path | None:
     """Where writes are remembered over a restart: beside what was learned."""
     return state_file.with_suffix(".writes") if state_file is not None else None
+
+
+def spends_of(state_file: Path | None) -> Path | None:
+    """Where the members' spends of the day are counted."""
+    return state_file.with_suffix(".spends") if state_file is not None else None
 
 
 def _timeless(buckets: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
 from .policy.routing import Route
 from .settings import Settings
+from .spends import Spend, Spends
 from .store import Store
 
 PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
@@ -125,6 +126,8 @@ class _Journey:
     began: float
     entry: Entry | None = None
     """Of a write: where it is remembered."""
+    spend: Spend | None = None
+    """Of a call that counts for its member's day."""
     stale_allowed: bool = False
     fallback: _Stale | None = None
     """What there was to fall back on when it began."""
@@ -166,6 +169,7 @@ class Pipeline:
         breakers: Mapping[str, Breaker],
         upstream: Sender,
         chance: Callable[[], float],
+        spends: Spends,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -175,6 +179,7 @@ class Pipeline:
         self.breakers = breakers
         self.upstream = upstream
         self.chance = chance
+        self.spends = spends
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
         self._places_until = 0.0
         # Places given up unserved, kept a while for whoever comes back with the same request.
@@ -275,7 +280,7 @@ class Pipeline:
             if entry.ended is None:
                 fetched, adopted = await self.flights.join(
                     entry.name,
-                    lambda flight: self._fetch(
+                    lambda flight: self._spending(
                         _Journey(known, request, self._turn(known), self.clock.now(), entry), flight
                     ),
                     watch,
@@ -293,6 +298,29 @@ class Pipeline:
             self.ledger.told(entry)
             raise
         return replace(response, receipt=_Receipt(self.ledger, entry))
+
+    async def _spending(self, journey: _Journey, flight: Flight[Fetched]) -> Fetched:
+        """Fetch, if its member has a spend left for it today; one that was not done is given back."""
+        known, member = journey.known, journey.known.settings.team.members.get(journey.known.caller.member)
+        size = members.spends_in(known.request, known.route)
+        if member is None or member.spends_per_day is None or not size:
+            return await self._fetch(journey, flight)
+        try:
+            journey.spend = self.spends.reserve(known.caller.member, size, member.spends_per_day)
+        except Refusal as refusal:
+            return Fetched(refusal)
+        done = True
+        try:
+            fetched = await self._fetch(journey, flight)
+            refused = isinstance(fetched.outcome, Response) and 400 <= fetched.outcome.status < 500
+            done = journey.acted and not refused
+            return fetched
+        except BaseException:
+            done = journey.acted or flight.keep
+            raise
+        finally:
+            if not done:
+                journey.spend.undone()
 
     def _dates(self, entry: Entry) -> retrying.Dates:
         until = entry.until_on if entry.ended is not None else self.ledger.again_from(entry.write)
@@ -479,6 +507,8 @@ class Pipeline:
             ticket.sent()
             if journey.entry is not None:
                 self.ledger.sent(journey.entry)
+            if journey.spend is not None:
+                journey.spend.sent()
             flight.keep = journey.may_keep
             flight.busy = True
 

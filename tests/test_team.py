@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -270,6 +271,103 @@ async def test_who_may_only_read_gets_no_stored_search_of_others_and_rents_nothi
         told.json["msg"] == "ada may not PUT /api/v0/asks/{id}/: that needs the effect spend (team.members.ada.effects)"
     )
     assert (await gateway.get(SSH, key=ADA)).status == 200
+
+
+# --- Spends of a day --------------------------------------------------------------------------------------------------
+
+ASK = "PUT /api/v0/asks/{id}/"
+
+
+async def test_the_spends_of_a_day_are_counted_by_member_and_the_sentence_says_when_it_ends(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 2})
+    paths = [gateway.offer(number) for number in range(6)]
+    assert [(await gateway.put(path, {}, key=ADA)).status for path in paths[:3]] == [200, 200, 403]
+    told = (await gateway.put(paths[3], {}, key=ADA)).json
+    assert told["error"] == "spends_used_up"
+    assert re.fullmatch(
+        r"ada has 0 of 2 spends left on 2026-07-25 \(team\.members\.ada\.spends_per_day\), and this takes 1; "
+        r"the day ends at 2026-07-26 00:00 UTC, in \d+ h \d+ min",
+        told["msg"],
+    )
+    assert (await gateway.put(paths[4], {}, key=BOB)).status == 200
+    assert (await gateway.get(SSH, key=ADA)).status == 200
+    assert gateway.fake.count("rented") == 3
+    await asyncio.sleep(24 * 3600)
+    assert (await gateway.put(paths[5], {}, key=ADA)).status == 200
+
+
+async def test_of_more_at_once_than_are_left_no_more_are_sent(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 3})
+    paths = [gateway.offer(number) for number in range(8)]
+    answers = await asyncio.gather(*(gateway.put(path, {}, key=ADA) for path in paths))
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [403] * 5
+    assert len(gateway.fake.calls(ASK)) == 3
+
+
+async def test_a_bulk_create_takes_one_for_each_offer(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 3})
+    offers = [int(offer["id"]) for offer in gateway.fake.offers]
+    assert (await gateway.post("/api/v0/asks/bulk/", {"ids": offers[:2]}, key=ADA)).status == 200
+    told = await gateway.post("/api/v0/asks/bulk/", {"ids": offers[2:4]}, key=ADA)
+    assert "ada has 1 of 3 spends left" in told.json["msg"]
+    assert (await gateway.post("/api/v0/asks/bulk/", {"ids": offers[2:3]}, key=ADA)).status == 200
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_they_survive_a_restart(team: Team, *, crash: bool) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    paths = [gateway.offer(number) for number in range(2)]
+    assert (await gateway.put(paths[0], {}, key=ADA)).status == 200
+    await gateway.restart(crash=crash)
+    assert (await gateway.put(paths[1], {}, key=ADA)).json["error"] == "spends_used_up"
+
+
+async def test_what_was_not_done_is_given_back(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    path = gateway.offer()
+    for fault in (
+        Fault(match=ASK, kind="refuse429", form="json_retry_after", retry_after=3000),
+        Fault(match=ASK, kind="status", status=404, body=b'{"error": "no_such_ask"}'),
+    ):
+        gateway.fake.faults.append(fault)
+        assert (await gateway.put(path, {"image": str(fault.status)}, key=ADA)).status in (429, 404)
+        await asyncio.sleep(3600)  # what was learned of it
+    assert (await gateway.put(path, {}, key=ADA)).status == 200
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).status == 403
+
+
+async def test_who_leaves_while_it_waits_has_it_back_and_who_leaves_later_has_not(team: Team) -> None:
+    gateway = await team(ada={"spends_per_day": 2})
+    gateway.fake.faults.append(Fault(match=ASK, kind="slow", delay=3.0))
+    paths = [gateway.offer(number) for number in range(3)]
+
+    async def leaves(path: str) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await gateway.put(path, {}, key=ADA)
+
+    await asyncio.gather(leaves(paths[0]), leaves(paths[1]))
+    assert len(gateway.fake.calls(ASK)) == 1
+    await asyncio.sleep(5)
+    assert (await gateway.put(paths[1], {}, key=ADA)).status == 200
+    assert (await gateway.put(paths[2], {}, key=ADA)).status == 403
+
+
+async def test_one_whose_outcome_is_not_known_counts(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    gateway.fake.faults.append(Fault(match=ASK, kind="drop_after"))
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).json["error"] == "outcome_unknown"
+    assert (await gateway.put(gateway.offer(1), {}, key=ADA)).json["error"] == "spends_used_up"
+
+
+async def test_a_damaged_file_of_spends_is_told_and_no_reason_to_stop(
+    team: Team, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.spends").write_text("{")
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    assert "cannot be read (JSONDecodeError): counting anew" in caplog.text
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).status == 200
+    assert json.loads((tmp_path / "state.spends").read_text()) == {"day": "2026-07-25", "spends": {"ada": 1}}
 
 
 # --- Revoking ---------------------------------------------------------------------------------------------------------
