@@ -109,6 +109,18 @@ async def test_the_address_is_the_one_that_a_trusted_proxy_tells_and_no_other(
     assert len(seen) == 2
 
 
+async def test_the_same_bytes_from_two_addresses_are_two_who_wait(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(fast=True)
+    seen = []
+    for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1"):
+        monkeypatch.setattr(gateway.app.server, "_address", lambda _, address=address: address)
+        await gateway.get(SSH)
+        seen.append([known.caller.who.split(" ")[1] for known in gateway.app.server._known.values()])
+    assert seen == [["192.0.2.1"], ["192.0.2.1", "192.0.2.2"], ["192.0.2.1", "192.0.2.2"]]
+
+
 # --- Guesses ----------------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,7 @@ async def test_a_renewed_certificate_is_shown_from_the_reload_on_and_who_is_conn
         assert (await wire.ask(request(SSH, "Authorization: Bearer k"))).status == 200
 
 
-@pytest.mark.parametrize("damage", ["no pem", "another's key", "gone"])
+@pytest.mark.parametrize("damage", ["no pem", "another's", "gone"])
 async def test_a_wrong_file_is_told_and_the_certificate_in_use_stays(
     start: Start, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,10 +91,10 @@ async def test_a_wrong_file_is_told_and_the_certificate_in_use_stays(
     else:
         (tmp_path / "other").mkdir()
         issue(tmp_path / "other")
-        (tmp_path / "other" / "key.pem").replace(tmp_path / "key.pem")
+        (tmp_path / "other" / "cert.pem").replace(tmp_path / "cert.pem")
     told = {
         "no pem": "are not a usable pair of PEM files",
-        "another's key": "do not belong together",
+        "another's": "do not belong together",
         "gone": "cannot be read: No such file or directory",
     }
     with pytest.raises(SettingsError, match=told[damage]):
