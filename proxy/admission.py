@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,7 +34,7 @@ from .policy.limiting import (
     read_refusal,
 )
 from .policy.messages import Response
-from .policy.queueing import Line, Place, QueueRules
+from .policy.queueing import USUAL, Line, Place, QueueRules, Shares, later
 from .policy.retrying import PASSING
 from .policy.routing import Effect, Route
 
@@ -53,8 +53,10 @@ class Turn(Place):
 
     __slots__ = ("charged", "granted", "refusal", "returning", "waiter")
 
-    def __init__(self, number: int, deadline: float) -> None:
-        super().__init__(number, deadline)
+    def __init__(
+        self, number: int, deadline: float, *, who: str = "", weight: float = 1.0, urgency: int = USUAL
+    ) -> None:
+        super().__init__(number, deadline, who=who, weight=weight, urgency=urgency)
         self.waiter: asyncio.Future[None] | None = None
         self.granted = False
         self.charged: Limiter | None = None
@@ -114,8 +116,33 @@ class _Queue(Line[Turn]):
         return self.account.open() and all(bucket.due(now) <= now + EPSILON for bucket in self.buckets)
 
 
-class _Gate:
-    """Where lines stand that wait for one bucket: only the oldest arrival among them is let on to the dispatcher.
+Rank = tuple[float, int]
+"""Where a head stands among those of other lines: its start tag and what its urgency adds, its number."""
+
+
+class _Order:
+    """Lines that wait for the same thing, by their heads: callers share it by weight, as they do a line."""
+
+    __slots__ = ("shares",)
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+
+    def rank(self, head: Turn) -> Rank:
+        """Of a head that comes now."""
+        return self.shares.start(head.who) + later(head.urgency), head.number
+
+    def again(self, rank: Rank, head: Turn) -> Rank:
+        """Of one that has stood here: put back if its caller was served meanwhile."""
+        return max(rank[0], self.shares.finished(head.who) + later(head.urgency)), rank[1]
+
+    def served(self, head: Turn) -> None:
+        """It has its turn."""
+        self.shares.served(head.who, head.weight, self.shares.start(head.who))
+
+
+class _Gate(_Order):
+    """Where lines stand that wait for one bucket: only the first in order is let on to the dispatcher.
 
     So it costs the same whether ten or ten thousand wait for it. One line may be on its way from each gate.
     """
@@ -123,13 +150,14 @@ class _Gate:
     __slots__ = ("account", "blocked", "bucket", "door", "users")
 
     def __init__(self, bucket: Bucket, account: Account | None) -> None:
+        super().__init__()
         self.bucket = bucket
         self.account = account
         """Whose window counts here too, if this is the account's own bucket."""
         self.users: set[_Queue] = set()
         """Lines that hold somebody and take from this bucket."""
-        self.blocked: list[tuple[int, int, _Queue, int]] = []
-        """Those that wait here: number of the head, tie-break, line, its version."""
+        self.blocked: list[tuple[Rank, int, _Queue, int]] = []
+        """Those that wait here: rank of the head, tie-break, line, its version."""
         self.door: float | None = None
         """When the dispatcher will look here next."""
 
@@ -176,17 +204,18 @@ class Limiter(AsyncLimiter):
         self._level, self._last_check = min(before._level, self.max_rate), before._last_check
 
 
-class Origin:
+class Origin(_Order):
     """One upstream's dispatcher. Owns its ceiling, its slots, and the lines that wait for it."""
 
     def __init__(self, name: str, slots: int) -> None:
+        super().__init__()
         self.name = name
         self.slots = slots
         self.limiter: Limiter | None = None
         self.in_flight = 0
         self.waiting = 0
-        # (arrival number of the head, tie-break, line, its version), and the gates by the time at which they are due.
-        self.ready: list[tuple[int, int, _Queue, int]] = []
+        # (rank of the head, tie-break, line, its version), and the gates by the time at which they are due.
+        self.ready: list[tuple[Rank, int, _Queue, int]] = []
         self.timed: list[tuple[float, int, _Gate]] = []
         self.timer: asyncio.TimerHandle | None = None
         self.listed = 0
@@ -283,7 +312,8 @@ class Admission:
         self._gates: dict[int, _Gate] = {}
         self._restored: dict[str, Mapping[str, Any]] = {}
         self._swept = clock.now()
-        self._over: Refusal | None = None
+        self.over: Refusal | None = None
+        """What everybody is told once the proxy is ending."""
         self.reconfigure(limits, queue, slots)
 
     @property
@@ -299,9 +329,18 @@ class Admission:
 
     # --- Coming and going ---------------------------------------------------------------------------------------------
 
-    def arrive(self, waits: float | None = None) -> Turn:
-        """A place by arrival, with the deadline until which it may wait (seconds; by default `queue.max_wait`)."""
-        return Turn(next(self._arrivals), self.clock.now() + (self.rules.max_wait if waits is None else waits))
+    def arrive(self, waits: float | None = None, *, who: str = "", weight: float = 1.0, urgency: int = USUAL) -> Turn:
+        """A place by arrival, with the deadline until which it may wait (seconds; by default `queue.max_wait`).
+
+        `who` shares with whom: the caller, as far as fairness is concerned, and its weight.
+        """
+        until = self.clock.now() + (self.rules.max_wait if waits is None else waits)
+        return Turn(next(self._arrivals), until, who=who, weight=weight, urgency=urgency)
+
+    def waiting_of(self, who: str, route: Route, credential: str) -> int:
+        """Requests of a caller that wait for that route."""
+        queue = self._queues.get(self._line_key(route, credential))
+        return queue.waiting_of(who) if queue is not None else 0
 
     async def turn(self, turn: Turn, route: Route, credential: str, *, deadline: float | None = None) -> Ticket:
         """Wait for the turn, in the place of its arrival. Call it again with the same `turn` for a further attempt.
@@ -309,8 +348,8 @@ class Admission:
         Raises Refusal: `queue_full`, or `wait_too_long` when the turn would not come, or has not come, before the
         deadline (monotonic seconds; by default the turn's own).
         """
-        if self._over is not None:
-            raise self._over.with_traceback(None)
+        if self.over is not None:
+            raise self.over.with_traceback(None)
         now = self.clock.now()
         origin = self.origins[route.upstream]
         until = turn.deadline if deadline is None else min(deadline, turn.deadline)
@@ -319,19 +358,21 @@ class Admission:
             # Nobody waits and nothing is in the way: the same grant without a line.
             turn.returning = True
             return Ticket(self, origin, queue, route, self._charge(origin, queue))
-        expected = self._expected(origin, queue, now, returning=turn.returning)
+        expected = self._expected(origin, queue, now, turn)
         if expected > until:
             raise too_long(queue, expected - now, until - now)
-        if len(queue) >= self.rules.max_waiting and not turn.returning:
-            msg = f"{len(queue)} requests wait for {route.name} already; try again later"
-            raise Refusal(429, "queue_full", msg, 30)
+        own = queue.waiting_of(turn.who)
+        if own >= self.rules.max_waiting and not turn.returning:
+            raise Refusal(429, "queue_full", f"{own} requests wait for {route.name} already; try again later", 30)
         turn.returning = True
-        waiting = Turn(turn.number, until)
+        waiting = Turn(turn.number, until, who=turn.who, weight=turn.weight, urgency=turn.urgency)
+        waiting.start = turn.start
         self._join(origin, queue, waiting)
         if waiting.refusal is not None:
             raise waiting.refusal
         if not waiting.granted:
             await self._wait(origin, queue, waiting, route)
+        turn.start = waiting.start
         return Ticket(self, origin, queue, route, waiting.charged)
 
     def _join(self, origin: Origin, queue: _Queue, waiting: Turn) -> None:
@@ -373,7 +414,8 @@ class Admission:
     def expected(self, route: Route, credential: str) -> float:
         """Seconds that a request arriving now would wait for its turn: an estimate."""
         now = self.clock.now()
-        return max(0.0, self._expected(self.origins[route.upstream], self._queue(route, credential), now) - now)
+        turn = Turn(0, math.inf)
+        return max(0.0, self._expected(self.origins[route.upstream], self._queue(route, credential), now, turn) - now)
 
     # --- The dispatcher -----------------------------------------------------------------------------------------------
 
@@ -391,14 +433,20 @@ class Admission:
                 self._open(origin, gate, now)
 
     def _open(self, origin: Origin, gate: _Gate, now: float) -> None:
-        blocked = gate.blocked
-        while blocked and (blocked[0][3] != blocked[0][2].version or blocked[0][2].head() is None):
-            heappop(blocked)
-        if not blocked:
+        blocked, head = gate.blocked, None
+        while blocked:
+            rank, tie, queue, version = blocked[0]
+            head = queue.head() if version == queue.version else None
+            if head is None:
+                heappop(blocked)
+                continue
+            again = gate.again(rank, head)
+            if again == rank:
+                break
+            heapreplace(blocked, (again, tie, queue, version))
+        if head is None:
             return
         due = gate.due(now)
-        head = blocked[0][2].head()
-        assert head is not None
         if due <= now + EPSILON or head.deadline < due < math.inf:  # to its turn, or to be turned away
             self._ready(origin, heappop(blocked)[2])
         elif due < math.inf and (gate.door is None or due < gate.door):
@@ -413,7 +461,7 @@ class Admission:
         if queue.listed is None:
             origin.listed += 1
         queue.listed = head.number
-        heappush(origin.ready, (head.number, next(self._ties), queue, queue.version))
+        heappush(origin.ready, (origin.rank(head), next(self._ties), queue, queue.version))
 
     def _dispatch(self, origin: Origin) -> None:
         """Grant every turn that can be granted now, oldest arrival first; set the timer for the next."""
@@ -425,7 +473,7 @@ class Admission:
                 self._open(origin, gate, now)
         wake = math.inf
         while origin.ready:
-            _, _, queue, version = origin.ready[0]
+            rank, tie, queue, version = origin.ready[0]
             if version != queue.version:
                 heappop(origin.ready)
                 continue
@@ -441,6 +489,10 @@ class Admission:
                 self._unlist(origin, queue)
                 self._leave(origin, queue, head)
                 self._serve(origin, queue, now)
+                continue
+            again = origin.again(rank, head)
+            if again != rank:
+                heapreplace(origin.ready, (again, tie, queue, version))
                 continue
             if self._park(origin, queue, head, now):
                 continue
@@ -490,7 +542,7 @@ class Admission:
             self._turn_away(origin, queue, head, too_long(queue, latest - now, head.deadline - now))
             self._ready(origin, queue)
         else:
-            heappush(at.blocked, (head.number, next(self._ties), queue, queue.version))
+            heappush(at.blocked, (at.rank(head), next(self._ties), queue, queue.version))
         # It took nothing, so whoever stands behind it at any of its gates comes forward.
         self._serve(origin, queue, now)
         return True
@@ -498,6 +550,9 @@ class Admission:
     def _grant(self, origin: Origin, queue: _Queue) -> None:
         turn = queue.pop()
         turn.granted = True
+        origin.served(turn)
+        for bucket in queue.buckets:
+            self._gates[id(bucket)].served(turn)
         self._waits_no_more(origin, queue)
         turn.charged = self._charge(origin, queue)
         if turn.waiter is not None:
@@ -528,6 +583,8 @@ class Admission:
 
     def _waits_no_more(self, origin: Origin, queue: _Queue) -> None:
         origin.waiting -= 1
+        if not origin.waiting:
+            origin.shares = Shares()
         queue.account.waiting -= 1
         if not queue:
             for bucket in queue.buckets:
@@ -542,14 +599,15 @@ class Admission:
         if turn.waiter is None or turn.waiter.done():
             return
         now = self.clock.now()
-        wait = self._expected(origin, queue, now) - now
+        wait = self._expected(origin, queue, now, turn) - now
         self._turn_away(origin, queue, turn, too_long(queue, wait, 0.0))
         self._ready(origin, queue)
         self._dispatch(origin)
 
-    def _expected(self, origin: Origin, queue: _Queue, now: float, *, returning: bool = False) -> float:
+    def _expected(self, origin: Origin, queue: _Queue, now: float, turn: Turn) -> float:
         """When a turn taken now would come, by who is before it; one who comes back has nobody before."""
-        ahead = 0 if returning else len(queue)
+        returning = turn.returning
+        ahead = 0 if returning else queue.ahead_of(turn.who, turn.weight)
         when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead))
         account = queue.account.bucket
         if account.spacing > 0:
@@ -683,7 +741,7 @@ class Admission:
 
     def turn_all_away(self, refusal: Refusal) -> None:
         """The end: who waits is told so, and so is who comes."""
-        self._over = refusal
+        self.over = refusal
         for line in self._waiting_lines():
             while (head := line.head()) is not None:
                 self._turn_away(self.origins[line.key[1]], line, head, refusal)
@@ -694,9 +752,12 @@ class Admission:
         queue = self._queue(route, credential)
         return any(bucket.enforced and bucket.refused_in_row and bucket.due(now) > now for bucket in queue.buckets)
 
+    def _line_key(self, route: Route, credential: str) -> tuple[str, str, str]:
+        return EVERYBODY if self.limits.scope == "ip" else credential, route.upstream, route.name
+
     def _queue(self, route: Route, credential: str) -> _Queue:
-        who = EVERYBODY if self.limits.scope == "ip" else credential
-        key = (who, route.upstream, route.name)
+        key = self._line_key(route, credential)
+        who = key[0]
         queue = self._queues.get(key)
         if queue is None:
             self._sweep()

@@ -15,7 +15,7 @@ from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
 from .policy import caching, guarding, members, queueing, retrying
-from .policy.breaking import Breaker
+from .policy.breaking import Breaker, Call
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller
@@ -30,6 +30,10 @@ PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 """Kept places: of so many requests, so many of one, for so many seconds."""
 
 
+POLLED_WITHIN = 30.0
+"""Seconds within which a read that comes again, the same to the byte, is a poll."""
+STANDS_STILL_FOR = 1.0
+"""Seconds between two looks of the head of a line at an upstream that is away."""
 LARGEST_SEEN = 8 * 1024
 """Bytes of a stored answer that may be kept with the request it answers."""
 
@@ -70,11 +74,13 @@ def _drop_rest(fetched: Fetched) -> None:
 class _Seen:
     """What the store held when it was last asked: as long as nothing in it changes, the same."""
 
-    __slots__ = ("generation", "stored")
+    __slots__ = ("asked", "generation", "stored")
 
     def __init__(self) -> None:
         self.generation: int | None = None
         self.stored: Stored | None = None
+        self.asked: float | None = None
+        """When the same request last asked for more than what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +296,11 @@ class Pipeline:
             raise
         if fetched is None:
             fetched = Fetched(entry.outcome or retrying.unknown(route, entry.what, self._dates(entry)))
+        asked = request.headers if adopted else None
         if fetched.cache is CacheStatus.MISS and not adopted:
             fetched.cache = CacheStatus.BYPASS
         try:
-            response = self._told(fetched, None, exchange, collapsed=adopted)
+            response = self._told(fetched, asked, exchange, collapsed=adopted)
         except Refusal:
             self.ledger.told(entry)
             raise
@@ -361,7 +368,12 @@ class Pipeline:
                 turn = left.popleft()
                 if turn.deadline > self.clock.now():
                     return turn
-        return self.admission.arrive()
+        route, credential, who = known.route, known.caller.credential, known.caller.who
+        last, known.seen.asked = known.seen.asked, self.clock.now()
+        polled = last is not None and self.clock.now() - last < POLLED_WITHIN
+        waiting = self.admission.waiting_of(who, route, credential)
+        urgency = queueing.urgency(route, known.request, waiting, polled)
+        return self.admission.arrive(who=who, weight=known.caller.weight, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
         """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
@@ -447,12 +459,18 @@ class Pipeline:
             if journey.entry is not None:
                 self._conclude(journey.entry, journey.acted, fetched.outcome)
             concluded = True
+        except Exception:
+            if journey.entry is not None and flight.keep:
+                # A fault of ours, after it was sent: nobody will know what came of it.
+                why = "vast-proxy met a fault of its own"
+                self.ledger.ended(journey.entry, retrying.unknown(known.route, why, self._dates(journey.entry)))
+            raise
         finally:
             if not concluded:
                 if not journey.acted and isinstance(fetched.outcome, Refusal):
                     self._keep_place(known, journey.turn)
-                if journey.acted and not known.route.is_read:
-                    # Cancelled between two tries of a write: one of them may have been done.
+                if (journey.acted or flight.keep) and not known.route.is_read:
+                    # Cut off between two tries of a write, or by a fault of ours: one of them may have been done.
                     await self._end_epochs(journey, _NOBODY)
                 if journey.entry is not None and not flight.keep:
                     self.ledger.undone(journey.entry)
@@ -463,7 +481,8 @@ class Pipeline:
         if isinstance(outcome, Refusal):
             over = outcome.code == "outcome_unknown"
         else:
-            over = acted and not retrying.failed(outcome)
+            # Who was not let in has done nothing.
+            over = acted and not retrying.failed(outcome) and outcome.status not in (401, 403)
         if over:
             self.ledger.ended(entry, outcome)
         else:
@@ -488,8 +507,9 @@ class Pipeline:
             # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
         breaker = self.breakers[known.route.upstream]
-        began = clock.now()
-        away = breaker.check(known.route.name, began)
+        call = Call(known.route.name, known.caller.credential, careful=not known.route.may_be_replayed)
+        began, queued = clock.now(), fetched.queued
+        away = breaker.check(call, began)
         if away is not None:
             return away, False
         try:
@@ -498,10 +518,23 @@ class Pipeline:
             return refusal, False
         finally:
             fetched.queued += clock.now() - began
-        leave = breaker.enter(known.route.name, clock.now())
+        waited = clock.now() > began
+        try:
+            leave = breaker.enter(call, clock.now())
+            while isinstance(leave, Refusal) and waited and not self.admission.over:
+                # It has been in line, so it goes on waiting: the line stands still behind it until upstream is back.
+                pause = min(leave.retry_after or 1.0, STANDS_STILL_FOR)
+                if clock.now() + pause > deadline:
+                    break
+                await clock.sleep(pause)
+                leave = breaker.enter(call, clock.now())
+        except BaseException:
+            ticket.close()
+            raise
+        fetched.queued = queued + clock.now() - began
         if isinstance(leave, Refusal):
             ticket.close()
-            return leave, False
+            return self.admission.over or leave, False
 
         def sent() -> None:
             ticket.sent()

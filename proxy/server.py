@@ -44,6 +44,8 @@ READ_AHEAD = 64 * 1024
 """Bytes of the bodies of pipelined requests after which no more is read, until their turn comes."""
 TURNED_AWAY, TURNING_AWAY = 64, 1.0
 """How many clients that found no room may be read from at once, and for how many seconds."""
+READ_WITHIN = 10.0
+"""Seconds within which a client that resets its connection may have left its answer unread."""
 OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
@@ -296,7 +298,7 @@ class _Connection(RequestHandler):
     connection. Not while an earlier request is being answered, nor between requests: that is for `server.keepalive`.
     """
 
-    __slots__ = ("_begun", "_due", "_head_timer", "_incoming", "_server", "_unsent", "receipt", "stalled")
+    __slots__ = ("_begun", "_due", "_head_timer", "_incoming", "_receipts", "_server", "_unsent", "stalled")
 
     def __init__(self, server: Server, **more: Any) -> None:
         super().__init__(server, **more)
@@ -311,8 +313,8 @@ class _Connection(RequestHandler):
         self._unsent: Unsent | None = None
         self.stalled = False
         """It was reset, for the client took nothing of its answer."""
-        self.receipt: Receipt | None = None
-        """Of the last answer that was written."""
+        self._receipts: list[tuple[float, Receipt]] = []
+        """Of answers that a client may not have read, and when they were written."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         rules = self._server.rules
@@ -325,9 +327,8 @@ class _Connection(RequestHandler):
 
     def eof_received(self) -> None:
         super().eof_received()
-        if self.receipt is not None and self.transport is not None and not _all_taken(self.transport):
-            self.receipt.lost()
-            self.receipt = None
+        if self._receipts and self.transport is not None and not _all_taken(self.transport):
+            self._lost()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.clients.gone(self)
@@ -336,10 +337,12 @@ class _Connection(RequestHandler):
         if self._unsent is not None:
             self._unsent.stop()
             self._unsent = None
-        if self.receipt is not None and exc is not None:
-            # Reset: by a client that left with the answer unread, or that was not there any more.
-            self.receipt.lost()
-        self.receipt = None
+        if exc is not None:
+            # Reset: by a client that left with the answer unread, or that was not there any more. Long after it was
+            # written it means nothing: things on the way reset what is idle.
+            recent = self._server.clock.now() - READ_WITHIN
+            self._receipts = [item for item in self._receipts if item[0] >= recent]
+            self._lost()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -347,6 +350,8 @@ class _Connection(RequestHandler):
         in_body = incoming is not EMPTY_PAYLOAD and not incoming.is_eof()
         super().data_received(data)
         if self._request_count != before:
+            if self._receipts and not self._request_in_progress:
+                self._receipts.clear()  # who asks for the next thing has read the last
             self._incoming = messages[-1][1]
             self._begun, self._due = False, 0.0
             self._server.clients.busy(self)
@@ -440,10 +445,17 @@ class _Connection(RequestHandler):
     def _stall(self, transport: asyncio.Transport) -> None:
         self._unsent = None
         self.stalled = True
-        if self.receipt is not None:
-            self.receipt.lost()
-            self.receipt = None
+        self._lost()
         _reset(transport)
+
+    def written(self, receipt: Receipt) -> None:
+        """To be told, if it turns out that the client left without having read the answer."""
+        self._receipts.append((self._server.clock.now(), receipt))
+
+    def _lost(self) -> None:
+        for _, receipt in self._receipts:
+            receipt.lost()
+        self._receipts.clear()
 
     def _drained(self) -> None:
         self._unsent = None
@@ -738,11 +750,10 @@ class _Reply(web.StreamResponse):
 
 def _written(request: web.BaseRequest, response: Response) -> None:
     """Its client has been told, as far as can be known, unless the connection turns out to have been closed before."""
-    connection = request.protocol
-    if isinstance(connection, _Connection):
-        connection.receipt = response.receipt
     if response.receipt is not None:
         response.receipt.written()
+        if isinstance(request.protocol, _Connection):
+            request.protocol.written(response.receipt)
 
 
 class _Streamed(web.StreamResponse):

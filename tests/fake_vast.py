@@ -110,9 +110,12 @@ class Fault:
     form: Form | None = None
     retry_after: float | None = None
     reset: bool = False  # the drops end in RST instead of FIN
+    key: str | None = None  # only for calls of its owner
     used: int = 0
 
-    def applies(self, template: str, chance: random.Random) -> bool:
+    def applies(self, template: str, identity: str, chance: random.Random) -> bool:
+        if self.key is not None and identity != identity_of(self.key):
+            return False
         if self.times is not None and self.used >= self.times:
             return False
         if not fnmatchcase(_canonical(template), _canonical(self.match)):
@@ -1800,7 +1803,7 @@ class FakeVast:
 
     async def _serve(self, request: web.BaseRequest, asked: _Asked) -> web.StreamResponse:
         call = asked.call
-        fault = next((f for f in self.faults if f.applies(call.template, self._chance)), None)
+        fault = next((f for f in self.faults if f.applies(call.template, call.identity, self._chance)), None)
         verdict = None
         if fault is None or fault.kind != "refuse429":
             verdict = self._limiter.weigh(self._limits_for(asked), call.at)

@@ -20,7 +20,7 @@ from proxy.clock import Clock
 from proxy.policy.errors import Refusal
 from proxy.policy.limiting import NAMED_FOR, Ceiling, LimitRules
 from proxy.policy.messages import Headers, Response
-from proxy.policy.queueing import QueueRules
+from proxy.policy.queueing import STOPS_MONEY, QueueRules
 from proxy.policy.routing import Route, Routes
 
 pytestmark = pytest.mark.looptime
@@ -647,7 +647,7 @@ async def test_a_caller_who_leaves_leaves_nothing_behind(stage: str, who: str) -
             assert world.state == (1, 1)
         case "the tick of the deadline":
             await asyncio.sleep(1.0)
-            for turn in list(world.admission._queue(TWO, "k")._heap):
+            for turn in [turn for flow in world.admission._queue(TWO, "k")._flows.values() for turn in flow.heap]:
                 world.admission._late(world.admission.origins["api"], world.admission._queue(TWO, "k"), turn)
             assert world.state == (0, 1)
     for task in leaving:
@@ -929,3 +929,74 @@ async def test_who_stands_behind_one_that_left_at_the_very_door_is_not_forgotten
     await behind
     assert world.sent == [("first", 0.0), ("behind", 20.0)]
     world.assert_idle()
+
+
+# --- Fair shares ------------------------------------------------------------------------------------------------------
+
+
+def crowd(world: World, who: str, count: int, route: Route, credential: str = "k", **more: Any) -> None:
+    for _ in range(count):
+        world.begin(who, route, credential, turn=world.admission.arrive(math.inf, who=who, **more))
+
+
+async def test_a_crowd_in_one_line_delays_another_caller_by_a_turn_or_two() -> None:
+    world = World()
+    crowd(world, "a", 500, TWO)
+    await asyncio.sleep(101.0)
+    crowd(world, "b", 1, TWO)
+    await asyncio.sleep(4.0)
+    assert "b" in world.names[-2:]
+    assert world.times == [2.0 * number for number in range(len(world.times))]
+
+
+@pytest.mark.parametrize("scope", ["ip", "key"])
+async def test_a_crowd_on_many_routes_and_keys_leaves_the_ceiling_to_others(scope: str) -> None:
+    keys = "k0 k1 k2 k3 k4 b"
+    world = World(known=keys, scope=scope, global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
+    for key in keys.split()[:-1]:
+        for route in FREE[:20]:
+            crowd(world, "a", 5, route, key)
+    await asyncio.sleep(50.5)
+    crowd(world, "b", 3, FREE[30], "b")
+    await asyncio.sleep(7.0)
+    assert world.names[-8:].count("b") == 3
+
+
+async def test_a_crowd_on_many_routes_leaves_the_account_to_others() -> None:
+    world = World()
+    world.admission.restore({"k api account": {"known": True, "interval": 3.0, "learned_at": NOON}})
+    for route in FREE[:20]:
+        crowd(world, "a", 5, route)
+    await asyncio.sleep(31.0)
+    for route in FREE[30:33]:
+        crowd(world, "b", 1, route)
+    await asyncio.sleep(21.0)
+    assert world.names[-7:].count("b") == 3
+
+
+async def test_what_stops_money_goes_before_what_waits_already() -> None:
+    world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
+    for route in FREE[:20]:
+        crowd(world, "a", 5, route)
+    await asyncio.sleep(10.5)
+    crowd(world, "stop", 1, FREE[30], urgency=STOPS_MONEY)
+    await asyncio.sleep(1.0)
+    assert world.names[-1] == "stop"
+
+
+async def test_a_wait_is_predicted_by_the_caller_s_share() -> None:
+    world = World(queue=QueueRules(max_wait=30.0))
+    crowd(world, "a", 100, TWO)
+    await asyncio.sleep(0.1)
+    await refusal_of(world.admission.turn(world.admission.arrive(30.0, who="a"), TWO, "k"))
+    await world.call("b", TWO, turn=world.admission.arrive(30.0, who="b"))
+    assert world.now < 5.0
+
+
+async def test_a_full_line_is_full_for_the_caller_who_filled_it() -> None:
+    world = World(queue=QueueRules(max_waiting=10))
+    crowd(world, "a", 11, TWO)
+    await asyncio.sleep(0.1)
+    refusal = await refusal_of(world.admission.turn(world.admission.arrive(math.inf, who="a"), TWO, "k"))
+    assert refusal.code == "queue_full"
+    await world.call("b", TWO, turn=world.admission.arrive(math.inf, who="b"))

@@ -44,7 +44,7 @@ async def test_ten_minutes_without_upstream(start: Start, how: str) -> None:
     asking.append(every(gateway, 7.0, end, "PUT", "/api/v0/instances/5/", {"state": "stopped"}))
     answers = await asyncio.gather(*asking)
 
-    assert len(fake.log) - before <= 60
+    assert len(fake.log) - before <= 100  # of 12,800 that were asked for
     *others, searches, writes = answers
     assert {answer.status for answer in searches} == {200}
     assert all("detail=stale" in answer.cache for answer in searches)
@@ -111,3 +111,31 @@ async def test_a_probe_whose_client_leaves_makes_room_for_the_next(start: Start,
     began = gateway.now()
     assert (await gateway.get(path, key="other")).status == 200
     assert gateway.now() - began < 1
+
+
+async def test_a_line_stands_still_while_upstream_is_away_and_goes_on_when_it_is_back(start: Start) -> None:
+    gateway: Gateway = await start(Behaviour())
+    asked = [asyncio.ensure_future(gateway.put(gateway.offer(number), {"client_id": "me"})) for number in range(20)]
+    await asyncio.sleep(20)
+    gateway.fake.faults.append(Fault(kind="status", status=503, times=None))
+    polling = asyncio.ensure_future(every(gateway, 1.0, gateway.now() + 60, "GET", PATHS[1]))
+    await asyncio.sleep(60)
+    gateway.fake.faults.clear()
+    statuses = Counter([(await one).status for one in asked])
+    await polling
+    assert statuses[200] >= 14
+    assert statuses[200] + statuses[500] == 20  # those that were sent and answered 503 may have been done
+    assert not gateway.fake.refused
+
+
+async def test_one_caller_whose_calls_are_dropped_does_not_keep_another_from_renting(start: Start) -> None:
+    gateway: Gateway = await start(Behaviour())
+    gateway.fake.faults.append(Fault(kind="drop_before", times=None, key="banned"))
+    polling = [
+        asyncio.ensure_future(every(gateway, 1.0, gateway.now() + 300, "GET", path, key="banned")) for path in PATHS
+    ]
+    await asyncio.sleep(30)
+    for number in range(5):
+        assert (await gateway.put(gateway.offer(number), {"client_id": "me"}, key="good")).status == 200
+        await asyncio.sleep(30)
+    await asyncio.gather(*polling)

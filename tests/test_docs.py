@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -204,3 +206,10 @@ def test_the_image_runs_as_compose_starts_it_and_by_itself_says_what_it_wants() 
     assert load(None, {"HOME": "/"} | image | composed, {}).listen.host == "0.0.0.0"
     with pytest.raises(SettingsError, match="allow_open: true"):
         load(None, {"HOME": "/"} | image, {})
+
+
+def test_the_table_of_waits_is_what_the_simulation_gives() -> None:
+    told = subprocess.run(
+        [sys.executable, str(CHECKOUT / "bench" / "fairness.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.strip() in (CHECKOUT / "docs" / "limits.md").read_text()

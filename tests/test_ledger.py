@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from proxy.clock import Clock
-from proxy.ledger import LARGEST_KEPT, MOST, Entry, Journal, Ledger
+from proxy.ledger import LARGEST_KEPT, MOST, MOST_KEYED_OF_ONE, Entry, Journal, Ledger
 from proxy.policy.errors import Refusal
 from proxy.policy.guarding import KEY_FOR, Write, WriteRules
 from proxy.policy.messages import Response
@@ -41,6 +43,13 @@ def sent(book: Ledger, write: Write = LAUNCH) -> Entry:
     return entry
 
 
+def done(book: Ledger, write: Write) -> Entry:
+    entry = sent(book, write)
+    book.ended(entry, DONE)
+    book.told(entry)
+    return entry
+
+
 def orphan(book: Ledger, write: Write = LAUNCH, outcome: Response | Refusal = DONE) -> Entry:
     entry = sent(book, write)
     book.gone(entry)
@@ -67,8 +76,9 @@ async def test_the_guard_counts_from_the_end_or_from_the_leaving_whichever_is_la
     await asyncio.sleep(100)
     book.ended(early, DONE)
     book.ended(late, DONE)
-    await asyncio.sleep(59)
+    await asyncio.sleep(55)
     book.told(late)
+    await asyncio.sleep(4)
     book.unheard(late)
     found = book.open(LAUNCH)
     assert found is early
@@ -95,6 +105,8 @@ async def test_a_long_answer_is_remembered_by_its_status_only() -> None:
     entry = orphan(book, outcome=Response(201, (), b"x" * (LARGEST_KEPT + 1)))
     assert book.open(LAUNCH) is entry
     assert (entry.outcome, entry.what) == (None, "answered 201, at more length than is kept")
+    book.told(entry)
+    assert book.open(LAUNCH) is not entry
 
 
 async def test_what_is_remembered_is_bounded() -> None:
@@ -104,9 +116,38 @@ async def test_what_is_remembered_is_bounded() -> None:
         if number % 1000 == 0:
             await asyncio.sleep(1.01)
     assert len(book) <= MOST + 1000
-    for number in range(40_000):
-        book.told(sent(book, replace(KEYED, key=str(number))))
-    assert len(book._keyed) <= 32 * 1024
+
+
+async def test_one_who_uses_many_keys_makes_room_by_its_own_oldest() -> None:
+    book = ledger()
+    other = replace(KEYED, credential="bob", key="bob's")
+    first = done(book, other)
+    done(book, KEYED)
+    for number in range(MOST_KEYED_OF_ONE):
+        done(book, replace(KEYED, key=str(number)))
+    assert book.open(other) is first
+    assert len(book) == MOST_KEYED_OF_ONE + 1
+
+
+async def test_a_key_under_which_nothing_was_sent_is_not_kept() -> None:
+    book = ledger()
+    for leave in (book.gone, book.told):
+        leave(book.open(KEYED))
+        assert len(book) == 0
+    entry = sent(book, KEYED)
+    book.undone(entry)
+    assert book.open(KEYED) is entry  # its client is still there
+    book.gone(entry)
+    book.gone(entry)
+    assert len(book) == 0
+
+
+async def test_an_answer_that_was_heard_is_not_kept_for_long() -> None:
+    book = ledger()
+    done(book, LAUNCH)
+    await asyncio.sleep(11)
+    book.keep()
+    assert len(book) == 0
 
 
 async def test_it_forgets_by_itself() -> None:
@@ -154,7 +195,7 @@ async def test_the_next_process_knows_what_nobody_has_heard_of(
         found = again.open(LAUNCH)
         assert (found.name == entry.name) is adopted
         if adopted:
-            assert found.untold
+            assert found.lost
             again.told(found)
 
 
@@ -171,19 +212,86 @@ async def test_a_clock_that_jumps_between_two_processes_does_no_harm(path: Path,
     now = path_time(path)
     orphan(ledger(path, wall=now))
     again = ledger(path, wall=now + jump)
-    assert again.open(LAUNCH).untold is (jump < 0)
+    assert again.open(LAUNCH).lost is (jump < 0)
     await asyncio.sleep(61)
-    assert not again.open(LAUNCH).untold
+    assert not again.open(LAUNCH).lost
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"\0\xff", b"[]\n3\n", b'{"id":"x","event":"sent"}\n', b'{"id":"x","event":"ended","at":1,"what":""}\n{"id'],
+    [
+        b"",
+        b"\0\xff",
+        b"[]\n3\n",
+        b"[" * 100_000,
+        b'{"id":"x","event":"sent"}\n',
+        b'{"id":"x","event":"ended","at":1,"what":""}\n{"id',
+    ],
 )
 async def test_what_cannot_be_read_is_passed_over(path: Path, text: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(text)
     assert len(ledger(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("between", "adopted"),
+    [
+        (replace(LAUNCH, fingerprint="other", noun="asks", subject="7"), True),
+        (replace(LAUNCH, fingerprint="other", name="DELETE /i/{id}/", noun="instances", subject="5"), False),
+    ],
+)
+async def test_what_was_overtaken_is_not_told_by_the_next_process_either(
+    path: Path, between: Write, adopted: bool
+) -> None:
+    now = path_time(path)
+    book = ledger(path, wall=now)
+    entry = orphan(book, outcome=Response(200, (), b'{"success": true, "new_contract": 5}'))
+    done(book, between)
+    assert ledger(path, wall=now).open(LAUNCH).lost is adopted
+    assert (book.open(LAUNCH) is entry) is adopted
+
+
+async def test_what_only_sets_a_state_is_sent_by_the_next_process(path: Path) -> None:
+    now = path_time(path)
+    stop = replace(LAUNCH, effect="write")
+    orphan(ledger(path, wall=now), stop)
+    assert not ledger(path, wall=now).open(stop).lost
+
+
+async def test_what_was_overtaken_by_something_that_was_not_done_was_not() -> None:
+    book = ledger()
+    first = orphan(book, replace(LAUNCH, subject="7"))
+    second = sent(book, replace(LAUNCH, subject="7", fingerprint="other"))
+    book.undone(second)
+    assert book.open(first.write) is first
+
+
+async def test_a_day_is_a_day_over_a_restart(path: Path) -> None:
+    now = path_time(path)
+    done(ledger(path, wall=now), KEYED)
+    assert ledger(path, wall=now + 23 * 3600).open(KEYED).lost
+    assert not ledger(path, wall=now + 25 * 3600).open(KEYED).lost
+
+
+@pytest.mark.parametrize("at", ["NaN", "Infinity", "1e300", "-1e300"])
+async def test_a_date_that_is_none_does_no_harm(path: Path, at: str) -> None:
+    now = path_time(path)
+    sent(ledger(path, wall=now), KEYED)
+    path.write_text(re.sub(r'"at":[0-9.]+', f'"at":{at}', path.read_text()))
+    entry = ledger(path, wall=now).open(KEYED)
+    assert entry.sent is None or entry.sent_on <= now
+
+
+async def test_a_line_that_was_cut_short_takes_no_other_with_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = path_time(path)
+    book = ledger(path, wall=now)
+    write = os.write
+    with monkeypatch.context() as context:
+        context.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
+        sent(book, replace(LAUNCH, fingerprint="lost"))
+    entry = sent(book)
+    assert ledger(path, wall=now).open(LAUNCH).name == entry.name
 
 
 async def test_a_last_line_cut_in_half_takes_no_other_with_it(path: Path) -> None:

@@ -226,6 +226,24 @@ async def test_the_same_write_of_two_members_is_two(team: Team) -> None:
     assert gateway.fake.count("rented") == 2
 
 
+async def test_members_with_one_key_share_its_line_by_weight(team: Team) -> None:
+    gateway = await team(ada={"weight": 2})
+    order: list[str] = []
+
+    async def ask(key: str, number: int) -> None:
+        await gateway.get(f"/api/v0/instances/{number}/?owner=me", key=key)
+        order.append(key[3])
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(12):
+            tasks.create_task(ask(BOB, number))
+        await asyncio.sleep(0.5)
+        for number in range(12, 20):
+            tasks.create_task(ask(ADA, number))
+    assert order[0] == "b"
+    assert 7 <= order[1:13].count("a") <= 8, "two turns of ada's for one of bob's, as long as both wait"
+
+
 async def test_the_log_names_the_member(team: Team, capsys: pytest.CaptureFixture[str]) -> None:
     gateway = await team(fast=True, log={"level": "info"})
     await gateway.get(SSH, key=ADA)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 from .errors import Refusal
 from .identity import ANONYMOUS, Caller
-from .messages import Request
+from .limiting import decoded
+from .messages import Request, Response
 from .routing import Effect, Route, parameter
 from .units import Seconds
 
@@ -16,6 +18,8 @@ KEY_FOR = 24 * 3600.0
 LONGEST_KEY = 255
 """Characters of an Idempotency-Key."""
 FIELD = "idempotency-key"
+_ALIASES = {"deployment": "deployments", "workergroups": "autojobs", "bundles": "asks"}
+_MADE = re.compile(rb'"new_contract"\s*:\s*([0-9]+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +48,15 @@ class Write:
     """Digest of its Idempotency-Key; empty without one."""
 
     @property
-    def anonymous(self) -> bool:
-        """Nobody can say that two of these are of the same caller."""
-        return self.credential == ANONYMOUS
+    def adoptable(self) -> bool:
+        """May it be the same one when it comes again? Not where nobody can say whose it is, nor a sign of life."""
+        return self.credential != ANONYMOUS and not self.name.endswith("/heartbeat/")
 
 
 def describe(request: Request, route: Route, caller: Caller, origin: str, key: str = "") -> Write:
     """The write that a request is. `origin`: the upstream it goes to; `key`: its Idempotency-Key."""
+    if caller.credential == ANONYMOUS:
+        key = ""  # anybody's
     words = [segment for segment in route.template.split("/") if segment and segment[0] != "{"]
     nouns = [word for word in words if word != "api" and not (word[0] == "v" and word[1:].isdigit())]
     subject = parameter(route, request.target)
@@ -59,7 +65,7 @@ def describe(request: Request, route: Route, caller: Caller, origin: str, key: s
         caller.credential,
         route.name,
         route.effect,
-        nouns[0] if nouns else "",
+        _ALIASES.get(nouns[0], nouns[0]) if nouns else "",
         subject[0] if subject else "",
         hashlib.sha256(f"{caller.author} {origin}\0{key}".encode()).hexdigest()[:32] if key else "",
     )
@@ -71,14 +77,24 @@ def fingerprint(request: Request, caller: Caller, origin: str) -> str:
     return hashlib.sha256(told.encode("utf-8", "surrogateescape") + request.body).hexdigest()[:32]
 
 
-def overtakes(later: Write, earlier: Write) -> bool:
+def made(response: Response) -> str:
+    """The id of the instance that a write has made, or an empty text."""
+    found = _MADE.search(decoded(response.headers, response.body) or b"")
+    return found[1].decode() if found else ""
+
+
+def overtakes(later: Write, earlier: Write, made: str = "") -> bool:
     """Was the earlier write's effect perhaps undone by the later one, so that asking for it again means to do it again?
 
     Stop, start, stop: the last stop is another one than the first. What sets a state can be sent too often without
     harm, so it counts as overtaken by anything that may be about the same thing. What costs money must not be, so that
-    takes a write that names the very same thing.
+    takes a write that names the very same thing, or the thing that was `made`.
     """
-    if later.credential != earlier.credential or later.fingerprint == earlier.fingerprint or later.noun != earlier.noun:
+    if later.credential != earlier.credential or later.fingerprint == earlier.fingerprint:
+        return False
+    if made and later.noun == "instances" and later.subject == made and later.name.startswith("DELETE "):
+        return True
+    if later.noun != earlier.noun:
         return False
     if earlier.subject and later.subject:
         return earlier.subject == later.subject

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from proxy.policy.breaking import BUDGET, Breaker, BreakerRules, Pass
+from proxy.policy.breaking import BUDGET, Breaker, BreakerRules, Call, Pass
 from proxy.policy.errors import Refusal, UpstreamError
 from proxy.policy.messages import Response
 
@@ -17,15 +17,15 @@ LOST = UpstreamError("the connection was closed without an answer", sent=True)
 A, B, C = "GET /a/", "GET /b/", "GET /c/"
 
 
-def passed(breaker: Breaker, route: str, now: float) -> Pass:
-    leave = breaker.enter(route, now)
+def passed(breaker: Breaker, route: str, now: float, who: str = "me") -> Pass:
+    leave = breaker.enter(Call(route, who), now)
     assert isinstance(leave, Pass)
     return leave
 
 
-def call(breaker: Breaker, route: str, now: float, outcome: Response | UpstreamError) -> None:
+def call(breaker: Breaker, route: str, now: float, outcome: Response | UpstreamError, who: str = "me") -> None:
     failed = isinstance(outcome, UpstreamError) or outcome.status == 503
-    breaker.answered(passed(breaker, route, now), outcome, failed, now)
+    breaker.answered(passed(breaker, route, now, who), outcome, failed, now)
 
 
 def away(route: str, outcome: Response | UpstreamError, *others: str) -> Breaker:
@@ -43,9 +43,9 @@ def test_failures_in_a_row_end_it_and_any_answer_begins_it_anew(outcome: Respons
             call(breaker, A, 0.0, outcome)
         call(breaker, A, 0.0, OK)
     for _ in range(5):
-        assert breaker.check(A, 0.0) is None
+        assert breaker.check(Call(A, "me"), 0.0) is None
         call(breaker, A, 0.0, outcome)
-    told = breaker.check(A, 0.0)
+    told = breaker.check(Call(A, "me"), 0.0)
     assert isinstance(told, Refusal)
     assert (told.status, told.code, told.retry_after) == (503, "upstream_unreachable", 1.0)
     assert "5 times in a row" in told.msg
@@ -57,13 +57,15 @@ def test_failures_in_a_row_end_it_and_any_answer_begins_it_anew(outcome: Respons
         (away(A, GONE), [A]),
         (away(A, LOST), [A]),
         (away(A, REFUSED), ["*", A]),
-        (away(A, GONE, B), ["*"]),
-        (away(A, LOST, B, C), ["*"]),
+        (away(A, GONE, B, B, C), ["*"]),
+        (away(A, LOST, B, C, "GET /d/"), ["*"]),
+        (away(A, GONE, B), []),
     ],
 )
 def test_one_route_that_fails_alone_takes_no_other_with_it(breaker: Breaker, gone: list[str]) -> None:
     assert breaker.away == gone
-    assert (breaker.check("GET /other/", 0.0) is None) is ("*" not in gone)
+    unreachable = A in gone and "*" in gone
+    assert (breaker.check(Call("GET /other/", "me"), 0.0) is None) is not unreachable
 
 
 def test_probes_go_one_at_a_time_and_less_and_less_often() -> None:
@@ -71,10 +73,10 @@ def test_probes_go_one_at_a_time_and_less_and_less_often() -> None:
     for tenth in range(6000):
         now = tenth / 10
         for _ in range(3):
-            leave = breaker.enter(A, now)
+            leave = breaker.enter(Call(A, "me"), now)
             if isinstance(leave, Pass):
                 sent.append(now)
-                assert isinstance(breaker.enter(A, now), Refusal)  # while it is on its way
+                assert isinstance(breaker.enter(Call(A, "me"), now), Refusal)  # while it is on its way
                 breaker.answered(leave, REFUSED, True, now)
     assert sent[:7] == pytest.approx([1, 3, 7, 15, 31, 61, 91], abs=0.2)
     assert len(sent) == 23
@@ -83,24 +85,24 @@ def test_probes_go_one_at_a_time_and_less_and_less_often() -> None:
 def test_the_first_answer_ends_it_for_everybody() -> None:
     breaker = away(A, REFUSED)
     leave = passed(breaker, B, 1.0)
-    assert isinstance(breaker.enter(A, 1.0), Refusal)
+    assert isinstance(breaker.enter(Call(A, "me"), 1.0), Refusal)
     breaker.answered(leave, Response(429, ()), False, 1.5)
-    assert isinstance(breaker.enter(B, 1.5), Pass)
+    assert isinstance(breaker.enter(Call(B, "me"), 1.5), Pass)
 
 
 def test_a_probe_that_was_not_sent_makes_room_for_another() -> None:
     breaker = away(A, REFUSED)
     leave = passed(breaker, A, 1.0)
-    assert isinstance(breaker.enter(A, 1.1), Refusal)
+    assert isinstance(breaker.enter(Call(A, "me"), 1.1), Refusal)
     breaker.given_back(leave, 1.2)
-    assert isinstance(breaker.enter(A, 1.2), Pass)
+    assert isinstance(breaker.enter(Call(A, "me"), 1.2), Pass)
 
 
 def test_a_probe_without_an_answer_is_not_waited_for_for_ever() -> None:
     breaker = away(A, REFUSED)
     passed(breaker, A, 1.0)
-    assert isinstance(breaker.enter(A, 30.9), Refusal)
-    assert isinstance(breaker.enter(A, 31.0), Pass)
+    assert isinstance(breaker.enter(Call(A, "me"), 5.9), Refusal)
+    assert isinstance(breaker.enter(Call(A, "me"), 6.0), Pass)
 
 
 def test_calls_from_before_neither_count_as_probes_nor_delay_the_next() -> None:
@@ -108,7 +110,7 @@ def test_calls_from_before_neither_count_as_probes_nor_delay_the_next() -> None:
     under_way = [passed(breaker, A, 0.0) for _ in range(50)]
     for leave in under_way:
         breaker.answered(leave, REFUSED, True, 0.5)
-    assert isinstance(breaker.enter(A, 1.5), Pass)
+    assert isinstance(breaker.enter(Call(A, "me"), 1.5), Pass)
 
 
 def test_all_share_one_budget_of_tries() -> None:
@@ -126,3 +128,49 @@ def test_routes_that_nobody_asks_for_twice_do_not_pile_up() -> None:
     for number in range(5000):
         call(breaker, f"GET /{number}/{chance.random()}/", float(number), GONE)
     assert len(breaker._routes) <= 1000
+
+
+def test_one_caller_s_failures_do_not_keep_the_others_out() -> None:
+    breaker = Breaker(RULES)
+    for route in (A, A, B, B, C):
+        call(breaker, route, 0.0, LOST, "banned")
+    assert breaker.away == ["*"]
+    assert isinstance(breaker.enter(Call(A, "banned"), 0.5), Refusal)
+    assert isinstance(breaker.enter(Call(A, "other"), 0.5), Pass)
+
+
+def test_a_route_that_is_known_to_be_away_does_not_take_the_rest_with_it() -> None:
+    breaker = Breaker(RULES)
+    now = 0.0
+    for _ in range(600):
+        now += 1.0
+        if breaker.check(Call(A, "poller"), now) is None:
+            call(breaker, A, now, GONE, "poller")
+    call(breaker, B, now, GONE, "poller")
+    assert breaker.away == [A]
+    assert isinstance(breaker.enter(Call(B, "poller"), now), Pass)
+
+
+def test_who_has_not_failed_yet_is_tried_once_each() -> None:
+    breaker = Breaker(RULES)
+    for route in (A, A, B, B, C):
+        call(breaker, route, 0.0, GONE, "first")
+    sent = 0
+    for caller in range(20):
+        for route in (A, B, C, "GET /d/"):
+            if isinstance(leave := breaker.enter(Call(route, f"caller-{caller}"), 0.5), Pass):
+                breaker.answered(leave, GONE, True, 0.5)
+                sent += 1
+    assert sent <= 20 + 4
+
+
+def test_what_must_not_be_lost_waits_for_others_to_find_out() -> None:
+    breaker = Breaker(RULES)
+    create = Call(A, "me", careful=True)
+    for _ in range(2):
+        leave = breaker.enter(create, 0.0)
+        assert isinstance(leave, Pass)
+        breaker.answered(leave, GONE, True, 0.0)
+    assert isinstance(breaker.enter(create, 1.9), Refusal)
+    assert isinstance(breaker.enter(Call(A, "me"), 0.1), Pass)
+    assert isinstance(breaker.enter(create, 2.0), Pass)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+
 import pytest
 
 from proxy.policy.errors import Refusal
-from proxy.policy.guarding import LONGEST_KEY, Write, describe, idempotency_key, overtakes
+from proxy.policy.guarding import LONGEST_KEY, Write, describe, idempotency_key, made, overtakes
 from proxy.policy.identity import identify
-from proxy.policy.messages import Request
+from proxy.policy.messages import Request, Response
 from proxy.settings import load
 
 ROUTES = load(None, {}, {}).routes
@@ -68,6 +70,7 @@ def test_nothing_secret_is_in_it() -> None:
         ("POST /api/v0/asks/bulk/ a", "PUT /api/v0/asks/5/ b", False),
         ("PUT /api/v0/commands/transfer_credit/ a", "PUT /api/v0/commands/transfer_credit/ b", False),
         ("PUT /api/v0/users/ a", "PUT /api/v0/users/ b", True),
+        ("POST /api/v0/deployment/7/stop/ -", "PUT /api/v0/deployments/ a", True),
     ],
 )
 def test_what_takes_back_another_ones_effect(earlier: str, later: str, overtaken: bool) -> None:
@@ -98,3 +101,22 @@ def test_what_is_no_key_is_refused(values: list[str]) -> None:
     with pytest.raises(Refusal, match="Idempotency-Key") as told:
         idempotency_key(Request("PUT", "/", tuple(("Idempotency-Key", value) for value in values)))
     assert told.value.status == 400
+
+
+def test_to_destroy_what_was_made_takes_it_back() -> None:
+    answer = Response(200, (), b'{"success": true, "new_contract": 5}')
+    launch, destroy = write("PUT /api/v0/launch_instance/"), write("DELETE /api/v0/instances/5/")
+    assert made(answer) == "5"
+    assert made(Response(200, (("Content-Encoding", "gzip"),), gzip.compress(answer.body))) == "5"
+    assert overtakes(destroy, launch, "5")
+    assert not overtakes(destroy, launch, "6")
+    assert not overtakes(write("PUT /api/v0/instances/5/"), launch, "5")
+
+
+def test_who_is_nobody_has_no_key_and_adopts_nothing() -> None:
+    nobody = write("POST /api/v0/users/", key="1", auth=("X-None", ""))
+    assert (nobody.key, nobody.adoptable) == ("", False)
+
+
+def test_a_sign_of_life_is_always_sent() -> None:
+    assert not write("POST /api/v0/deployment/7/heartbeat/").adoptable

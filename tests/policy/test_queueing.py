@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.messages import Headers
-from proxy.policy.queueing import Line, Place, QueueRules, interim, patience
+from proxy.policy.messages import Headers, Request
+from proxy.policy.queueing import BULK, STOPS_MONEY, USUAL, Line, Place, QueueRules, interim, patience, urgency
+from proxy.settings import load
 
 
 class Counted(Place):
@@ -98,7 +100,7 @@ def test_those_who_left_are_forgotten_before_they_are_the_most() -> None:
     line, places = line_of(*range(1000))
     for number in range(1, 1000):
         line.leave(places[number])
-        assert len(line._heap) <= 2 * len(line) + 17
+        assert sum(len(flow.heap) for flow in line._flows.values()) <= 2 * len(line) + 17
     assert drained(line) == [0]
 
 
@@ -203,3 +205,152 @@ def test_the_bound_of_the_settings_holds_for_patient_clients() -> None:
     assert patience((*CLI, *KEEPS), "/", "api", rules, beating=True) == 60.0
     assert patience((("User-Agent", "aiohttp/3"),), "/", "api", rules, beating=True) == 60.0
     assert patience((), "/", "api", rules, beating=False) == 40.0
+
+
+# --- Fair shares ------------------------------------------------------------------------------------------------------
+
+
+def crowd(*callers: tuple[str, int, float, int]) -> Line[Place]:
+    """Callers with so many requests, of that weight and urgency, who came one after the other."""
+    line: Line[Place] = Line()
+    number = 0
+    for who, count, weight, step in callers:
+        for _ in range(count):
+            line.join(Place(number, 0.0, who=who, weight=weight, urgency=step))
+            number += 1
+    return line
+
+
+def turns(line: Line[Place], count: int) -> str:
+    return "".join(line.pop().who for _ in range(count))
+
+
+def test_a_crowd_of_one_caller_delays_another_by_a_turn_or_two() -> None:
+    line = crowd(("a", 500, 1, USUAL))
+    assert turns(line, 100) == "a" * 100
+    line.join(Place(1000, 0.0, who="b"))
+    assert line.ahead_of("c", 1.0) == 2
+    assert "b" in turns(line, 2)
+
+
+def test_callers_take_turns_and_each_is_served_first_come_first_served() -> None:
+    line = crowd(("a", 5, 1, USUAL), ("b", 3, 1, USUAL), ("c", 1, 1, USUAL))
+    assert turns(line, 9) == "abcababaa"
+    line = crowd(("a", 3, 1, USUAL), ("b", 3, 1, USUAL))
+    assert [line.pop().number for _ in range(6)] == [0, 3, 1, 4, 2, 5]
+
+
+def test_shares_are_by_weight() -> None:
+    served = Counter(turns(crowd(("a", 300, 1, USUAL), ("b", 300, 2, USUAL), ("c", 300, 3, USUAL)), 300))
+    assert served == {"a": 50, "b": 100, "c": 150}
+
+
+def test_who_was_away_has_saved_up_nothing() -> None:
+    line = crowd(("a", 200, 1, USUAL))
+    turns(line, 100)
+    for number in range(50):
+        line.join(Place(1000 + number, 0.0, who="b"))
+    assert Counter(turns(line, 20)) == {"a": 10, "b": 10}
+
+
+def test_who_leaves_with_much_unserved_has_not_had_it() -> None:
+    line = crowd(("a", 1, 1, USUAL))
+    many = [Place(10 + number, 0.0, who="b") for number in range(500)]
+    for place in [*many, *[Place(1000 + number, 0.0, who="a") for number in range(10)]]:
+        line.join(place)
+    for place in many:
+        line.leave(place)
+    line.join(Place(2000, 0.0, who="b"))
+    assert "b" in turns(line, 3)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.sampled_from(["join", "pop", "pop", "leave"])), min_size=50, max_size=400
+    ),
+    st.tuples(*[st.sampled_from([1.0, 2.0, 4.0])] * 4),
+)
+def test_two_who_wait_all_the_time_are_never_further_apart_than_a_turn_of_each(
+    steps: list[tuple[str, str]], weights: tuple[float, ...]
+) -> None:
+    """The bound of start-time fair queueing, whatever others do meanwhile."""
+    weight = dict(zip("abcd", weights, strict=True))
+    line: Line[Place] = Line()
+    number = 0
+    places: list[Place] = []
+
+    def join(who: str) -> None:
+        nonlocal number
+        number += 1
+        places.append(Place(number, 0.0, who=who, weight=weight[who]))
+        line.join(places[-1])
+
+    for _ in range(400):
+        join("a")
+        join("b")
+    places.clear()
+    had = {"a": 0.0, "b": 0.0}
+    for who, what in steps:
+        if what == "join" and who in "cd":
+            join(who)
+        elif what == "leave" and places:
+            place = places.pop()
+            if not place.left and place.start is None:
+                line.leave(place)
+        else:
+            gone = line.pop()
+            if gone.who in had:
+                had[gone.who] += 1 / weight[gone.who]
+        assert abs(had["a"] - had["b"]) <= 1 / weight["a"] + 1 / weight["b"] + 1e-9
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_the_less_urgent_goes_later_and_is_never_starved(step: int) -> None:
+    line = crowd(*[(who, 100, 1, 0) for who in "abc"], ("z", 1, 1, step))
+    before = turns(line, 300).index("z")
+    assert 3 * 2 * step - 3 <= before <= 3 * (2 * step + 1)
+
+
+def test_the_urgent_goes_first_also_of_one_caller() -> None:
+    line = crowd(("a", 100, 1, BULK), ("a", 1, 1, STOPS_MONEY))
+    assert line.pop().number == 100
+
+
+def test_who_comes_back_is_not_put_behind_those_who_came_since() -> None:
+    line = crowd(("a", 3, 1, USUAL), ("b", 3, 1, USUAL))
+    first = line.pop()
+    again = Place(first.number, 0.0, who="a")
+    again.start = first.start
+    line.join(again)
+    assert line.pop() is again
+
+
+ROUTES = load(None, {}, {}).routes
+STOP, START = b'{"state": "stopped"}', b'{"state": "running"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "headers", "waiting", "polled", "expected"),
+    [
+        ("GET /api/v1/instances/", b"", (), 0, False, USUAL),
+        ("GET /api/v1/instances/", b"", (), 0, True, BULK),
+        ("PUT /api/v0/asks/5/", b"{}", (), 0, False, USUAL),
+        ("PUT /api/v0/asks/5/", b"{}", (), 7, False, USUAL),
+        ("PUT /api/v0/asks/5/", b"{}", (), 8, False, BULK),
+        ("DELETE /api/v0/instances/5/", b"", (), 100, False, STOPS_MONEY),
+        ("PUT /api/v0/instances/5/", STOP, (), 100, False, STOPS_MONEY),
+        ("PUT /api/v0/instances/5/", START, (), 0, False, USUAL),
+        ("PUT /api/v0/asks/5/", STOP, (), 0, False, USUAL),
+        ("DELETE /api/v0/cluster/", b"", (), 0, False, USUAL),
+        ("PUT /api/v0/asks/5/", b"{}", (("Priority", "u=0"),), 100, False, 0),
+        ("DELETE /api/v0/instances/5/", b"", (("priority", "i, u=7"),), 0, False, 7),
+        ("PUT /api/v0/asks/5/", b"{}", (("Priority", "u=9"),), 0, False, USUAL),
+        ("PUT /api/v0/asks/5/", b"{}", (("Priority", "i"),), 0, False, USUAL),
+    ],
+)
+def test_how_urgent_a_request_is(
+    line: str, body: bytes, headers: Headers, waiting: int, polled: bool, expected: int
+) -> None:
+    method, target = line.split(" ")
+    route = ROUTES.match(method, target)
+    assert urgency(route, Request(method, target, headers, body), waiting, polled) == expected
