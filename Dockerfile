@@ -10,6 +10,7 @@ RUN python -m venv /opt/vast-proxy \
 
 FROM python:3.13-slim-trixie
 COPY --from=build /opt/vast-proxy /opt/vast-proxy
+# 0.0.0.0 is what Docker lets in. It wants VAST_PROXY_ALLOW_OPEN=true or a team: to open it is up to whoever runs it.
 # What was learned about the limits is kept in the volume; nothing is written anywhere else.
 RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/vast-proxy
 ENV PATH="/opt/vast-proxy/bin:${PATH}" \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,32 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     add("check-config", _check_config, "say whether the settings are right, or everything that is wrong with them")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
+    tokens = commands.add_parser("token", help="make gateway tokens for team mode", allow_abbrev=False)
+    of_tokens = tokens.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    new = of_tokens.add_parser(
+        "new", help="make a token, shown this once", description="Make a token, shown this once.", allow_abbrev=False
+    )
+    new.add_argument("name", metavar="NAME", type=_member_name, help="of the member it is for")
+    new.set_defaults(command=_new_token)
     return parser
+
+
+def _member_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", text):
+        raise argparse.ArgumentTypeError("a member's name is 1 to 64 letters, digits and . _ @ -")
+    return text
+
+
+def _new_token(options: argparse.Namespace) -> int:
+    from .keys import new_token
+    from .policy.members import hashed
+
+    token = new_token()
+    print(f"For {options.name}, in the place of the client's key; it is not shown again:")
+    print(f"  export VAST_API_KEY={token}")
+    print("For the settings, where only its hash is kept; the proxy takes it up on SIGHUP:")
+    print(f'  team: {{members: {{{options.name}: {{token: "{hashed(token)}"}}}}}}')
+    return OK
 
 
 def _load(options: argparse.Namespace) -> Settings:

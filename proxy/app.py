@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, certificates
 from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
@@ -28,6 +28,7 @@ from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
 from .settings import Listen, LogRules, Settings, SettingsError
+from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
 
@@ -65,7 +66,15 @@ class App:
         self.breakers = {name: Breaker(settings.breaker) for name in self._origins()}
         self.upstream = Upstream(settings.upstreams, tls)
         self.pipeline = Pipeline(
-            settings, self.clock, self.store, self.admission, self.ledger, self.breakers, self.upstream, chance
+            settings,
+            self.clock,
+            self.store,
+            self.admission,
+            self.ledger,
+            self.breakers,
+            self.upstream,
+            chance,
+            Spends(self.clock, spends_of(settings.state.file)),
         )
         self.admin = Admin(self._status, lambda: self._ready)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
@@ -80,12 +89,22 @@ class App:
         # Clients of earlier settings, each until its last call has ended.
         self._retiring: dict[asyncio.Task[None], Upstream] = {}
         self.address = settings.listen
+        self._certificate: ssl.SSLContext | None = None
+        """What clients are shown; None: they speak plain HTTP."""
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         listen = self.settings.listen
-        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG)
+        tls, rules = self.settings.tls, self.settings.server
+        more: dict[str, Any] = {}
+        if tls.cert is not None and tls.key is not None:
+            try:
+                self._certificate = certificates.context(tls.cert, tls.key)
+            except ValueError as error:  # it was there a moment ago, when the settings were read
+                raise OSError(str(error)) from None
+            more = {"ssl": self._certificate, "ssl_handshake_timeout": rules.header_timeout or None}
+        self._listener = await loop.create_server(self.server, listen.host, listen.port, backlog=BACKLOG, **more)
         port = self._listener.sockets[0].getsockname()[1]
         self.address = Listen(listen.host, port)
         self._saver = asyncio.create_task(self._save_now_and_then())
@@ -126,6 +145,13 @@ class App:
         before, self.settings = self.settings, settings
         if before.listen != settings.listen:
             kept.append("listen")
+        if (before.tls.cert is None) != (settings.tls.cert is None):
+            kept.append("tls")
+        elif self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
+            try:
+                certificates.renew(self._certificate, settings.tls.cert, settings.tls.key)
+            except ValueError as error:
+                log.error("the certificate in use stays: %s", error)
         if before.state != settings.state:
             kept.append("state.file")
         if before.server.keepalive != settings.server.keepalive:
@@ -262,6 +288,11 @@ def journal_of(state_file: Path | None) -> Path | None:
     return state_file.with_suffix(".writes") if state_file is not None else None
 
 
+def spends_of(state_file: Path | None) -> Path | None:
+    """Where the members' spends of the day are counted."""
+    return state_file.with_suffix(".spends") if state_file is not None else None
+
+
 def _timeless(buckets: Mapping[str, Any]) -> dict[str, Any]:
     """Without the marks of time alone, which would make a file of a resting proxy differ for ever."""
     return {key: {name: value for name, value in state.items() if name != "seen"} for key, state in buckets.items()}
@@ -331,8 +362,9 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         raise
     # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
-    url = f"http://{Listen(loopback, app.address.port) if loopback else app.address}"
-    print(f"vast-proxy {__version__} listens on http://{app.address} for {settings.upstreams.api}", flush=True)
+    scheme = "http" if settings.tls.cert is None else "https"
+    url = f"{scheme}://{Listen(loopback, app.address.port) if loopback else app.address}"
+    print(f"vast-proxy {__version__} listens on {scheme}://{app.address} for {settings.upstreams.api}", flush=True)
     elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
     print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.

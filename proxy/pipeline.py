@@ -10,18 +10,20 @@ from typing import Any, Protocol
 from cachetools import TTLCache
 
 from .admission import Admission, Turn
+from .cleaning import cleaned
 from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
-from .policy import caching, guarding, queueing, retrying
+from .policy import caching, guarding, members, queueing, retrying
 from .policy.breaking import Breaker, Call
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
-from .policy.identity import Caller, identify
+from .policy.identity import Caller
 from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
 from .policy.routing import Route
 from .settings import Settings
+from .spends import Spend, Spends
 from .store import Store
 
 PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
@@ -103,6 +105,8 @@ class Understood:
     """Seconds for which it can be held."""
     idempotency_key: str = ""
     """By which a write says itself whether it is another one."""
+    forbidden: Refusal | None = None
+    """Why this member of the team may not ask for it."""
     seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
@@ -128,6 +132,8 @@ class _Journey:
     began: float
     entry: Entry | None = None
     """Of a write: where it is remembered."""
+    spend: Spend | None = None
+    """Of a call that counts for its member's day."""
     stale_allowed: bool = False
     fallback: _Stale | None = None
     """What there was to fall back on when it began."""
@@ -169,6 +175,7 @@ class Pipeline:
         breakers: Mapping[str, Breaker],
         upstream: Sender,
         chance: Callable[[], float],
+        spends: Spends,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -178,18 +185,21 @@ class Pipeline:
         self.breakers = breakers
         self.upstream = upstream
         self.chance = chance
+        self.spends = spends
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
         self._places_until = 0.0
         # Places given up unserved, kept a while for whoever comes back with the same request.
         self._places: TTLCache[str, deque[Turn]] = TTLCache(PLACES, PLACE_KEPT_FOR, timer=clock.now)
 
-    def understand(self, request: Request, fields: Headers, *, http_1_1: bool) -> Understood:
+    def understand(self, request: Request, fields: Headers, *, http_1_1: bool, address: str = "") -> Understood:
         """Who asks what, and how long it can be held; `fields`: its headers before any was stripped.
 
-        A pure function of the request and the settings in force, so that whoever sees the same bytes again may keep it.
+        A pure function of the request, the client's address and the settings in force, so that whoever sees the same
+        again may keep it. Raises Refusal.
         """
         settings = self.settings
-        caller = identify(request)
+        asked_for = request.target
+        request, caller = members.admit(request, settings.team, settings.team_keys, address)
         route = settings.routes.match(request.method, request.target)
         key = "" if route.is_read else guarding.idempotency_key(request)
         if any(name.lower() == guarding.FIELD for name, _ in request.headers):  # it is for us
@@ -204,12 +214,17 @@ class Pipeline:
         epochs = caching.epochs_of_read(route, caller, settings.cache)
         stored = question is not None and route.family is not None
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
-        return Understood(settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key)
+        forbidden = members.forbidden(caller, route, asked_for, settings.team)
+        return Understood(
+            settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key, forbidden
+        )
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
+        if known.forbidden is not None:
+            raise known.forbidden.with_traceback(None)
         if route.refused:
             raise Refusal(403, "not_for_clients", f"{route.name} is for workers inside instances, not for this proxy")
         if known.lifetime is not None:
@@ -271,7 +286,7 @@ class Pipeline:
             if entry.ended is None:
                 fetched, adopted = await self.flights.join(
                     entry.name,
-                    lambda flight: self._fetch(
+                    lambda flight: self._spending(
                         _Journey(known, request, self._turn(known), self.clock.now(), entry), flight
                     ),
                     watch,
@@ -290,6 +305,29 @@ class Pipeline:
             self.ledger.told(entry)
             raise
         return replace(response, receipt=_Receipt(self.ledger, entry))
+
+    async def _spending(self, journey: _Journey, flight: Flight[Fetched]) -> Fetched:
+        """Fetch, if its member has a spend left for it today; one that was not done is given back."""
+        known, member = journey.known, journey.known.settings.team.members.get(journey.known.caller.member)
+        size = members.spends_in(known.request, known.route)
+        if member is None or member.spends_per_day is None or not size:
+            return await self._fetch(journey, flight)
+        try:
+            journey.spend = self.spends.reserve(known.caller.member, size, member.spends_per_day)
+        except Refusal as refusal:
+            return Fetched(refusal)
+        done = True
+        try:
+            fetched = await self._fetch(journey, flight)
+            refused = isinstance(fetched.outcome, Response) and 400 <= fetched.outcome.status < 500
+            done = journey.acted and not refused
+            return fetched
+        except BaseException:
+            done = journey.acted or flight.keep
+            raise
+        finally:
+            if not done:
+                journey.spend.undone()
 
     def _dates(self, entry: Entry) -> retrying.Dates:
         until = entry.until_on if entry.ended is not None else self.ledger.again_from(entry.write)
@@ -330,12 +368,12 @@ class Pipeline:
                 turn = left.popleft()
                 if turn.deadline > self.clock.now():
                     return turn
-        route, credential, who = known.route, known.caller.credential, known.caller.credential
+        route, credential, who = known.route, known.caller.credential, known.caller.who
         last, known.seen.asked = known.seen.asked, self.clock.now()
         polled = last is not None and self.clock.now() - last < POLLED_WITHIN
         waiting = self.admission.waiting_of(who, route, credential)
         urgency = queueing.urgency(route, known.request, waiting, polled)
-        return self.admission.arrive(who=who, urgency=urgency)
+        return self.admission.arrive(who=who, weight=known.caller.weight, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
         """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
@@ -502,6 +540,8 @@ class Pipeline:
             ticket.sent()
             if journey.entry is not None:
                 self.ledger.sent(journey.entry)
+            if journey.spend is not None:
+                journey.spend.sent()
             flight.keep = journey.may_keep
             flight.busy = True
 
@@ -516,6 +556,7 @@ class Pipeline:
             response = await self.upstream.send(journey.request, known.route.upstream, sent)
             if response.status == 429 or response.status in retrying.PASSING:
                 response = _cut_short(response)
+            response = cleaned(response, known.route, known.settings.team_keys)
             if response.rest is not None:
                 held = True
                 response.rest.on_close(ticket.close)

@@ -27,9 +27,11 @@ from cachetools import LRUCache
 from .bounds import Bodies, Connections, Unsent, notice_silence
 from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
+from .policy import exposure
 from .policy.errors import Refusal, UpstreamError
 from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, end_to_end
 from .settings import ServerRules
+from .slowing import Slowing
 
 LONGEST_LINE = 32 * 1024
 """Bytes of a request line: searches by GET carry their query in it."""
@@ -78,6 +80,7 @@ class Server(web.Server):
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
         self.bodies = Bodies()
+        self._slowing = Slowing(clock)
         self._turned_away: OrderedDict[_TurnedAway, None] = OrderedDict()
         self._holds: set[_Hold] = set()
 
@@ -129,8 +132,10 @@ class Server(web.Server):
         # An upgrade is declined. After a chunked body, aiohttp's C parser takes its trailer for part of the next head.
         last = request._message.upgrade or request._message.chunked
         try:
+            self._check_origin(request)
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
+                self._check_admin(request, target)
                 response = self._admin(request.method, target)
                 exchange.status = response.status
                 return _Reply(response, request, b"")
@@ -143,6 +148,8 @@ class Server(web.Server):
                 exchange.cache = CacheStatus.REFUSED
             response = _refused(refused)
             last = last or refused.code in _LAST
+            if refused.code == "token_unknown":
+                await self._slow_down(request)
         except _Gone:
             raise ConnectionResetError("the client went away") from None
         except asyncio.CancelledError:
@@ -162,6 +169,34 @@ class Server(web.Server):
             return reply
         return await _stream(response, request, extra, exchange, last=last)
 
+    def _check_origin(self, request: web.BaseRequest) -> None:
+        """Raises Refusal for a request that was lured here."""
+        settings = self._pipeline.settings
+        host = request.headers.get("Host")
+        if host is not None and not exposure.is_our_name(host, settings.hosts):
+            raise exposure.misdirected(host)
+        if settings.team and exposure.from_another_site(_fields(request.raw_headers)):
+            raise exposure.cross_site()
+
+    def _check_admin(self, request: web.BaseRequest, target: str) -> None:
+        """Raises Refusal for who may not see this page of ours."""
+        rules = self._pipeline.settings.admin
+        hidden = exposure.hidden(target.partition("?")[0], request.remote or "", _fields(request.raw_headers), rules)
+        if hidden is not None:
+            raise hidden
+
+    def _address(self, request: web.BaseRequest) -> str:
+        """The client's, as far as it can be believed."""
+        peer, trusted = request.remote or "", self._pipeline.settings.trusted_proxies
+        return exposure.client_address(peer, _fields(request.raw_headers), trusted) if trusted else peer
+
+    async def _slow_down(self, request: web.BaseRequest) -> None:
+        connection = request.protocol
+        assert isinstance(connection, _Connection)
+        self.clients.idle(connection)  # guessing must not take the room of others: if there is none, it goes first
+        await self._slowing.failed(self._address(request))
+        self.clients.busy(connection)
+
     async def _understood(self, request: web.BaseRequest) -> Understood:
         """What this request means; a poll that repeats itself to the byte is read once. Raises Refusal."""
         if request.version.major != 1:
@@ -171,13 +206,14 @@ class Server(web.Server):
             _target(request)  # a request that is refused for its head is refused before its body is read
             body = await _body(request, self.rules, self.bodies, self._clock)
         http_1_1 = request.version >= HttpVersion11
-        key = (request.method, request._message.path, request.raw_headers, body, http_1_1)
+        address = self._address(request)
+        key = (request.method, request._message.path, request.raw_headers, body, http_1_1, address)
         known = self._known.get(key)
         if known is not None and known.settings is self._pipeline.settings:
             return known
         fields = _fields(request.raw_headers)
         asked = Request(request.method, _target(request), end_to_end(fields), body)
-        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1)
+        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1, address=address)
         if known.route.is_read and len(body) <= LONGEST_KEPT:
             self._known[key] = known
         return known
@@ -460,7 +496,10 @@ class _TurnedAway(asyncio.Protocol):
         fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
         head = f"HTTP/1.1 503 Service Unavailable\r\n{fields}Content-Length: {len(response.body)}\r\n"
         transport.write(f"{head}Connection: close\r\n\r\n".encode("latin-1") + response.body)
-        transport.write_eof()
+        if transport.can_write_eof():
+            transport.write_eof()
+        else:
+            transport.close()  # TLS: what was written goes out first
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._timer.cancel()
@@ -528,7 +567,8 @@ def _origin_form(raw: str, request: web.BaseRequest) -> str:
     scheme, mark, rest = raw.partition("://")
     authority, slash, path = rest.partition("/")
     own = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    if mark and scheme.lower() == "http" and own is not None:
+    tls = request.transport is not None and request.transport.get_extra_info("sslcontext") is not None
+    if mark and scheme.lower() == ("https" if tls else "http") and own is not None:
         names = {f"{own[0]}:{own[1]}", f"localhost:{own[1]}", f"[{own[0]}]:{own[1]}"}
         if authority.lower() in names:
             return slash + path if slash else "/"
@@ -794,6 +834,8 @@ async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, c
     transport = request.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client went away")
+    if not data:
+        return  # as a chunk it would be the end
     exchange.bytes_out += len(data)
     connection = request.protocol
     assert isinstance(connection, _Connection)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -32,10 +32,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from . import certificates
+from .keys import read_key
+from .policy import members
 from .policy.breaking import BreakerRules
 from .policy.caching import CacheRules
+from .policy.exposure import AdminRules, Network, is_loopback
 from .policy.guarding import WriteRules
 from .policy.limiting import LimitRules
+from .policy.members import Secret, TeamRules
 from .policy.queueing import QueueRules
 from .policy.retrying import RetryRules
 from .policy.routing import RouteError, Routes
@@ -112,6 +117,16 @@ class ServerRules:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsRules:
+    """How clients connect over TLS: `tls` in the settings. Both files, or neither."""
+
+    cert: File | None = None
+    """The certificate and those between it and the authority, in PEM. None: plain HTTP."""
+    key: File | None = None
+    """Its private key, in PEM, without a password."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRules:
     """How the proxy ends: `drain` in the settings."""
 
@@ -151,10 +166,21 @@ class Settings:
     drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
     state: StateRules = field(default_factory=StateRules)
+    allow_open: bool = False
+    """Other machines may connect although there is no team."""
+    tls: TlsRules = field(default_factory=TlsRules)
+    hosts: tuple[Domain, ...] = ()
+    """Names with a dot in them by which clients may call the proxy."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Whose X-Forwarded-For counts."""
+    admin: AdminRules = field(default_factory=AdminRules)
+    team: TeamRules = field(default_factory=TeamRules)
     routes: Routes
     """The shipped table of endpoints, with the user's laid over it."""
     source: str = "shipped defaults"
     """Where these settings came from, for logs."""
+    team_keys: Mapping[str, Secret] = field(default_factory=dict)
+    """What `team.keys` names, as read with the settings."""
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:
@@ -177,11 +203,17 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     except ValidationError as error:
         found.faults += [_explained(item, found) for item in error.errors(include_url=False)]
     routes = _read_routes(found)
+    team_keys: dict[str, Secret] = {}
+    if root is not None and routes is not None:
+        team_keys = _read_team(root.team, routes, environ, found)
+        _check_tls(root.tls, found)
+        if not (is_loopback(root.listen.host) or root.team or root.allow_open):
+            found.faults.append(Fault(found.place(("listen",)), f"listen: {_OPEN.format(root.listen)}"))
     if found.faults or root is None or routes is None:
         raise SettingsError("\n".join(str(fault) for fault in sorted(found.faults, key=lambda fault: fault.place)))
 
     sections = {name: getattr(root, name) for name in _sections()}
-    settings = Settings(**sections, routes=routes, source=_source(path, layers))
+    settings = Settings(**sections, routes=routes, source=_source(path, layers), team_keys=team_keys)
     if settings.state.file is None:
         settings = dataclasses.replace(settings, state=StateRules(default_state_file(environ)))
     return settings
@@ -438,6 +470,38 @@ def _read_routes(found: Layer) -> Routes | None:
     return None
 
 
+def _check_tls(tls: TlsRules, found: Layer) -> None:
+    if tls.cert is None or tls.key is None:
+        for name, other, given in (("cert", "key", tls.cert), ("key", "cert", tls.key)):
+            if given is not None:
+                found.faults.append(Fault(found.place(("tls", name)), f"tls.{name}: needs tls.{other} beside it"))
+        return
+    try:
+        certificates.context(tls.cert, tls.key)
+    except ValueError as error:
+        found.faults.append(Fault(found.place(("tls",)), f"tls: {error}"))
+
+
+_OPEN = (
+    "{} is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
+    "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
+)
+
+
+def _read_team(team: TeamRules, routes: Routes, environ: Mapping[str, str], found: Layer) -> dict[str, Secret]:
+    """The keys of a team; what is wrong with it goes to the faults."""
+    for key, text in members.faults(team, routes):
+        found.faults.append(Fault(found.place(key), f"{_dotted(key)}: {text}"))
+    keys = {}
+    for name, rules in team.keys.items():
+        try:
+            keys[name] = read_key(rules, environ)
+        except ValueError as error:
+            place = ("team", "keys", name)
+            found.faults.append(Fault(found.place(place), f"{_dotted(place)}: {error}"))
+    return keys
+
+
 def _route_key(error: RouteError, table: Mapping[str, Any]) -> Key:
     if error.index is not None:
         # What is said of a whole entry is said under a name that the entry does not have.
@@ -469,9 +533,12 @@ def _mend(table: dict[str, Any], key: Key) -> bool:
 # --- What may be written: pydantic models made from the dataclasses ---------------------------------------------------
 
 
+_NOT_SECTIONS = ("routes", "source", "team_keys")
+
+
 def _sections() -> dict[str, Any]:
     hints = get_type_hints(Settings, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name not in ("routes", "source")}
+    return {name: hint for name, hint in hints.items() if name not in _NOT_SECTIONS}
 
 
 def known_keys() -> Iterator[Key]:
@@ -515,7 +582,7 @@ def _translated(hint: Any) -> Any:
     """A dataclass field's annotation as one that pydantic checks, ending in the very value that the field holds."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _checked(*UNITS[parts[1]])
+        return _checked(*UNITS[parts[1]], secret=parts[1] in SECRET)
     if hint in PLAIN:
         return _checked(_of_type(hint), PLAIN[hint])
     inner = tuple(_translated(part) for part in parts) if origin is not Literal else ()
@@ -540,12 +607,13 @@ def _empty_section(found: object) -> object:
     return {} if found is None else found
 
 
-def _checked(parse: Callable[[Any], object], what: str) -> Any:
+def _checked(parse: Callable[[Any], object], what: str, *, secret: bool = False) -> Any:
     def check(found: object) -> object:
         try:
             return parse(found)
         except (ValueError, TypeError, OverflowError):
-            raise PydanticCustomError("expected", "expected {what}", {"what": what}) from None
+            kind: Any = "expected, unseen" if secret else "expected"
+            raise PydanticCustomError(kind, "expected {what}", {"what": what}) from None
 
     return Annotated[Any, PlainValidator(check)]
 
@@ -621,6 +689,30 @@ def _file(found: str) -> Path:
     return Path(found).expanduser()
 
 
+def _file_name(found: str) -> str:
+    _file(found)
+    return found
+
+
+def _network(found: str) -> object:
+    return ip_network(found, strict=False)
+
+
+def _token_hash(found: str) -> str:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
+        raise ValueError
+    return found
+
+
+def _route_name(found: str) -> str:
+    if not re.fullmatch(r"[A-Z]+ /[!-~]*", found):
+        raise ValueError
+    return found
+
+
+SECRET = frozenset({"token hash"})
+"""Markers of what is not shown when it is wrong: somebody may have written the very thing there."""
+
 UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "seconds": (parse_duration, 'a duration (examples: 60, "500ms", "15m")'),
     "bytes": (parse_size, 'a size in bytes (examples: 1048576, "512KiB", "64MiB")'),
@@ -631,6 +723,10 @@ UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "origin": (_text(_origin), "an http or https URL without path, query or user (example: https://cloud.vast.ai)"),
     "domain": (_text(_domain), "a domain (example: vast.ai)"),
     "file": (_text(_file), "the name of a file, or null"),
+    "file name": (_text(_file_name), "the name of a file"),
+    "network": (_text(_network), "an address or a block of them (examples: 10.0.0.7, 10.0.0.0/8, fd00::/8)"),
+    "token hash": (_text(_token_hash), "sha256: and 64 hexadecimal digits, as `vast-proxy token new` prints it"),
+    "route": (_text(_route_name), 'a method and a path (example: "DELETE /api/v0/instances/{id}/")'),
 }
 """How a marker of policy/units.py, or of this file, is read, and how the right thing is described."""
 
@@ -646,6 +742,8 @@ def _explained(item: Any, found: Layer) -> Fault:
     if kind == "extra_forbidden":
         return Fault(found.place(key, of_key=True), f"{_dotted(key)}: unknown key{_nearest_key(key)}")
     value = item["input"]
+    if kind == "expected, unseen":
+        return Fault(found.place(key), f"{_dotted(key)}: {item['msg']}")
     if kind == "value_error":  # what goes against the dataclass's own rules: "field: expected …"
         name, _, told = str(item["ctx"]["error"]).partition(": ")
         if not told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from proxy import __version__
 
 CHECKOUT = Path(__file__).parent.parent
 COMMANDS = ("serve", "check-config", "routes")
+"""Those that read the settings."""
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -70,6 +72,34 @@ def test_what_the_command_line_does_not_know_is_an_error(arguments: list[str]) -
     assert told.returncode == 2
     assert told.stderr.startswith("usage: ")
     assert "Traceback" not in told.stderr
+
+
+# --- token ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_token_is_printed_with_the_line_that_lets_it_in(tmp_path: Path) -> None:
+    told = vast_proxy("token", "new", "ada")
+    assert (told.returncode, told.stderr) == (0, "")
+    (token,) = re.findall(r"VAST_API_KEY=(vp_[\w-]{43})$", told.stdout, re.MULTILINE)
+    (line,) = re.findall(r"team: \{.*\}", told.stdout)
+    assert hashlib.sha256(token.encode()).hexdigest() in line
+    assert vast_proxy("token", "new", "ada").stdout != told.stdout
+
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef-key-of-the-account")
+    key.chmod(0o600)
+    file = tmp_path / "mine.yaml"
+    file.write_text(line.replace("team: {", f"team: {{keys: {{default: {{file: {key}}}}}, "))
+    checked = vast_proxy("check-config", "--config", file)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "0123456789abcdef" not in checked.stdout
+
+
+@pytest.mark.parametrize("arguments", [["token"], ["token", "new"], ["token", "new", "a b"]])
+def test_a_token_is_for_somebody(arguments: list[str]) -> None:
+    told = vast_proxy(*arguments)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.startswith("usage: ")
 
 
 # --- check-config -----------------------------------------------------------------------------------------------------

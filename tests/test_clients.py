@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
@@ -28,7 +28,7 @@ import aiohttp
 import pytest
 import requests
 from conftest import NOON, clean_environment, settings_for
-from fake_vast import Behaviour, FakeVast, Fault
+from fake_vast import Behaviour, FakeVast, Fault, identity_of
 from vastai import VastAI  # type: ignore[import-untyped]
 from vastai.async_.client import AsyncClient  # type: ignore[import-untyped]
 from vastai.data.instance import InstanceConfig  # type: ignore[import-untyped]
@@ -37,6 +37,8 @@ from vastai.serverless.client.client import CoroutineServerless  # type: ignore[
 from vastai.sync.client import SyncClient  # type: ignore[import-untyped]
 
 from proxy.app import App
+from proxy.keys import new_token
+from proxy.policy.members import TeamRules, hashed
 
 # The SDK leaves its sessions to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -661,3 +663,48 @@ def test_the_serverless_client_finds_its_endpoint_and_is_routed_each_time_anew(s
 
     assert {answer.get_url() for answer in asyncio.run(route())} == {"https://203.0.113.9:8443"}
     assert len(side.fake.calls("POST /route/")) == 3
+
+
+# --- Team mode --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_works_with_a_token_in_the_place_of_the_key_until_it_is_revoked(
+    stage: Stage, tmp_path: Path
+) -> None:
+    token = new_token()
+    key_file = tmp_path / "key"
+    key_file.write_text(KEY)
+    key_file.chmod(0o600)
+    keys = {"default": {"file": str(key_file)}}
+    side = stage.proxy(team={"keys": keys, "members": {"ada": {"token": hashed(token)}}})
+    (tmp_path / "team").mkdir()
+    home = Home(tmp_path / "team", known=False)
+
+    def vastai(command: str) -> Told:
+        return told(home.vastai(command, side, key=token))
+
+    user = vastai("show user --raw")
+    assert (json.loads(user.out)["email"], user.err, user.code) == ("user100001@example.com", "", 0)
+    created = vastai(f"create instance {side.offers[0]} --image x --raw")
+    ident = json.loads(created.out)["new_contract"]
+    assert str(ident) in vastai("show instances").out
+    assert "chat" in vastai("create endpoint --endpoint_name chat").out + vastai("show endpoints").out
+    denied = vastai("show api-keys")
+    assert denied.err.startswith("Failed with error 403: ada may not GET /api/v0/auth/apikeys/: ")
+    searched = vastai("search offers num_gpus=1 --raw")
+    assert KEY not in user.out + created.out + searched.out
+    assert {call.identity for call in side.fake.log} == {identity_of(KEY)}
+    assert token not in repr(side.fake.log)
+
+    assert side.app is not None
+    app = side.app
+    rules = TeamRules(app.settings.team.keys, {})
+
+    async def revoke() -> None:
+        app.reload(replace(app.settings, team=rules))
+
+    stage.do(revoke())
+    (home.path / ".config" / "vastai" / "vast_tfa_key").write_text("session")
+    revoked = vastai("show instances")
+    assert revoked.err.startswith("Failed with error 401: vast-proxy does not know this gateway token")
+    assert (home.path / ".config" / "vastai" / "vast_tfa_key").exists()

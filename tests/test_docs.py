@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from proxy.__main__ import _parser
-from proxy.settings import CONFIG_VARIABLE, PREFIX, known_keys, load
+from proxy.settings import CONFIG_VARIABLE, PREFIX, SettingsError, known_keys, load
 
 CHECKOUT = Path(__file__).parent.parent
 START = "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/vast-proxy serve"
@@ -193,6 +194,18 @@ def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
     for line in code(page):
         for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|docs|proxy)/[\w./-]+\.\w+", line):
             assert (CHECKOUT / name).is_file(), f"{name_of(page)}: {name}"
+
+
+# --- The image --------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_runs_as_compose_starts_it_and_by_itself_says_what_it_wants() -> None:
+    image = dict(re.findall(rf"\b({PREFIX}\w+)=(\S+)", text_of(CHECKOUT / "Dockerfile")))
+    del image[f"{PREFIX}ALLOW_OPEN"]  # in a comment
+    composed = yaml.safe_load(text_of(CHECKOUT / "docker-compose.yml"))["services"]["vast-proxy"]["environment"]
+    assert load(None, {"HOME": "/"} | image | composed, {}).listen.host == "0.0.0.0"
+    with pytest.raises(SettingsError, match="allow_open: true"):
+        load(None, {"HOME": "/"} | image, {})
 
 
 def test_the_table_of_waits_is_what_the_simulation_gives() -> None:

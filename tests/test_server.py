@@ -165,7 +165,7 @@ async def test_host_and_sni_are_the_upstreams(start: Start) -> None:
     upstream = await RawUpstream().start(server)
     upstream.url = f"https://localhost:{upstream.port}"
     async with upstream:
-        gateway = await start(fake=upstream, client_tls=client)
+        gateway = await start(fake=upstream, client_tls=client, hosts=["proxy.example"])
         got = await ask(gateway, request(PLAIN, host="proxy.example:1234"))
         assert got.status == 200
         assert upstream.seen[0].all("Host") == [f"localhost:{upstream.port}"]

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import zipfile
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from subprocess import run
 from sys import executable
@@ -15,10 +16,13 @@ import pytest
 import yaml
 
 from proxy.policy.limiting import Ceiling
+from proxy.policy.members import Member
 from proxy.settings import FLAGS, Listen, Settings, SettingsError, known_keys, load, shipped
 
 CHECKOUT = Path(__file__).parent.parent
-NOWHERE = {"HOME": "/home/somebody"}
+NOWHERE = {"HOME": "/home/somebody", "HOME_KEY": "0123456789abcdef-key-in-the-environment"}
+HASH = "sha256:" + 64 * "0"
+KEYS = "team:\n  keys: {default: {env: HOME_KEY}}\n"
 
 
 def loaded(text: str, folder: Path, environ: dict[str, str] | None = None, **overrides: object) -> Settings:
@@ -185,7 +189,11 @@ def test_routes_of_the_user_are_laid_over_the_shipped_ones(tmp_path: Path) -> No
 
 LEAVES = [key for key in known_keys() if not any(other[:-1] == key for other in known_keys())]
 OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
-    ("listen",): ("0.0.0.0:99", Listen("0.0.0.0", 99)),
+    ("listen",): ("127.0.0.2:99", Listen("127.0.0.2", 99)),
+    ("allow_open",): ("true", True),
+    ("hosts",): ("[proxy.example]", ("proxy.example",)),
+    ("trusted_proxies",): ("[10.0.0.7/8, '::1']", (ip_network("10.0.0.0/8"), ip_network("::1"))),
+    ("admin", "token"): (HASH, HASH),
     ("upstreams", "api"): ("http://a.example", "http://a.example"),
     ("upstreams", "serverless"): ("http://b.example", "http://b.example"),
     ("upstreams", "hosts"): ("[c.example]", ("c.example",)),
@@ -198,7 +206,7 @@ OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in LEAVES if key[0] not in ("routes", "families")], ids=str)
+@pytest.mark.parametrize("key", [key for key in LEAVES if key[0] not in ("routes", "families", "team", "tls")], ids=str)
 def test_every_key_can_be_set_in_the_environment(key: tuple[str, ...]) -> None:
     text, value = OTHER_VALUES.get(key, ("17", 17))
     if key == ("queue", "heartbeats"):
@@ -207,6 +215,23 @@ def test_every_key_can_be_set_in_the_environment(key: tuple[str, ...]) -> None:
     settings = from_environment(**{"__".join(key).upper(): text})
     assert at(settings, key) == value
     assert settings != load(None, NOWHERE, {})
+
+
+def test_a_team_can_be_given_in_the_environment() -> None:
+    members = f"{{ada: {{token: '{HASH}', key: a}}}}"
+    settings = from_environment(TEAM__KEYS="{a: {env: HOME_KEY}}", TEAM__MEMBERS=members)
+    assert settings.team.members["ada"] == Member(token=HASH, key="a")
+    assert settings.team_keys["a"].value == NOWHERE["HOME_KEY"]
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "[::ffff:127.0.0.1]:1"])
+def test_to_listen_on_this_machine_alone_needs_nothing(listen: str) -> None:
+    assert from_environment(LISTEN=listen)
+
+
+@pytest.mark.parametrize("more", [{"ALLOW_OPEN": "true"}, {"TEAM__KEYS": "{a: {env: HOME_KEY}}"}])
+def test_to_listen_elsewhere_needs_a_team_or_to_be_meant(more: dict[str, str]) -> None:
+    assert from_environment(LISTEN="0.0.0.0:80", **more).listen.port == 80
 
 
 def test_routes_can_be_given_in_the_environment() -> None:
@@ -252,6 +277,12 @@ def section(lines: list[str], number: int) -> str:
 URL = "expected an http or https URL without path, query or user (example: https://cloud.vast.ai)"
 LISTEN = "expected HOST:PORT (examples: 127.0.0.1:8080, [::1]:8080)"
 DURATION = 'expected a duration (examples: 60, "500ms", "15m")'
+TOKEN = "expected sha256: and 64 hexadecimal digits, as `vast-proxy token new` prints it"
+NETWORK = "expected an address or a block of them (examples: 10.0.0.7, 10.0.0.0/8, fd00::/8)"
+OPEN = (
+    "is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
+    "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
+)
 SIZE = 'expected a size in bytes (examples: 1048576, "512KiB", "64MiB")'
 
 
@@ -313,6 +344,45 @@ SIZE = 'expected a size in bytes (examples: 1048576, "512KiB", "64MiB")'
         ),
         ("routes: {}", "proxy.yaml:1: routes: expected a list, got a mapping"),
         ("families: []", "proxy.yaml:1: families: expected a mapping, got a list"),
+        (
+            "team: {members: {ada: {}}}",
+            "proxy.yaml:1: team.members.ada: a member needs `token`, as `vast-proxy token new` prints it",
+        ),
+        ("team:\n  members:\n    ada:\n      token: my-own-idea", f"proxy.yaml:4: team.members.ada.token: {TOKEN}"),
+        ("team: {members: {ada: {tokn: x}}}", "proxy.yaml:1:24: team.members.ada.tokn: unknown key"),
+        (
+            f"team:\n  members:\n    ada: {{token: '{HASH}', key: other}}\n  keys: {{default: {{env: HOME_KEY}}}}",
+            "proxy.yaml:3: team.members.ada.key: there is no other in team.keys",
+        ),
+        (
+            f"{KEYS}  members:\n    ada: {{token: '{HASH}'}}\n    bob:\n      token: '{HASH}'",
+            "proxy.yaml:6: team.members.bob.token: the same token as that of ada",
+        ),
+        (
+            f"{KEYS}  members:\n    ada: {{token: '{HASH}', deny:\n      ['PUT /api/v0/asks/{{no}}', 'PUT /x/42/']}}",
+            "proxy.yaml:5: team.members.ada.deny[1]: no such route; `vast-proxy routes` lists them, got 'PUT /x/42/'",
+        ),
+        (
+            f"team: {{keys: {{default: {{env: HOME_KEY}}}}, members: {{a b: {{token: '{HASH}'}}}}}}",
+            "proxy.yaml:1: team.members.a b: a member's name is 1 to 64 letters, digits and . _ @ -",
+        ),
+        (
+            f"team: {{keys: {{default: {{env: HOME_KEY}}}}, members: {{ada: {{token: '{HASH}', effects: [rent]}}}}}}",
+            "proxy.yaml:1: team.members.ada.effects[0]: expected one of read, search, write, spend, auth, got 'rent'",
+        ),
+        ("trusted_proxies: [10.0.0.0/33]", f"proxy.yaml:1: trusted_proxies[0]: {NETWORK}, got '10.0.0.0/33'"),
+        ("listen: 0.0.0.0:80", f"proxy.yaml:1: listen: 0.0.0.0:80 {OPEN}"),
+        ("listen: '[::]:80'", f"proxy.yaml:1: listen: [::]:80 {OPEN}"),
+        ("listen: my-machine:80", f"proxy.yaml:1: listen: my-machine:80 {OPEN}"),
+        ("tls: {cert: /x}", "proxy.yaml:1: tls.cert: needs tls.key beside it"),
+        ("tls:\n  key: /x", "proxy.yaml:2: tls.key: needs tls.cert beside it"),
+        ("tls:\n  cert: /x\n  key: /x", "proxy.yaml:2: tls: /x cannot be read: No such file or directory"),
+        ("admin: {token: SECRET}", f"proxy.yaml:1: admin.token: {TOKEN}"),
+        ("team: {keys: {default: {}}}", "proxy.yaml:1: team.keys.default: expected either `file` or `env`"),
+        (
+            "team: {keys: {default: {env: NO_KEY}}}",
+            "proxy.yaml:1: team.keys.default: the environment variable NO_KEY is not set",
+        ),
         ("[1]", "proxy.yaml: expected a mapping of settings, got a list"),
         ("just text", "proxy.yaml: expected a mapping of settings, got 'just text'"),
     ],
@@ -411,6 +481,8 @@ def test_every_wrong_route_and_family_is_told_with_its_line(tmp_path: Path) -> N
         "routes: [{route: 'GET /?api_key=SECRET', effect: read}]",
         "log: {level: [SECRET",
         "api_key: SECRET",
+        "team: {members: {ada: {token: SECRET}}}",
+        "team: {members: {ada: SECRET00112233445566778899aabbccddeeff00112233}}",
     ],
 )
 def test_what_may_be_secret_is_not_echoed(text: str, tmp_path: Path) -> None:

@@ -67,13 +67,13 @@ def describe(request: Request, route: Route, caller: Caller, origin: str, key: s
         route.effect,
         _ALIASES.get(nouns[0], nouns[0]) if nouns else "",
         subject[0] if subject else "",
-        hashlib.sha256(f"{caller.credential} {origin}\0{key}".encode()).hexdigest()[:32] if key else "",
+        hashlib.sha256(f"{caller.author} {origin}\0{key}".encode()).hexdigest()[:32] if key else "",
     )
 
 
 def fingerprint(request: Request, caller: Caller, origin: str) -> str:
     """Equal for a request and its repetition by the same caller: method, target and body to the byte."""
-    told = f"{caller.credential} {origin} {request.method} {request.target}\0"
+    told = f"{caller.author} {origin} {request.method} {request.target}\0"
     return hashlib.sha256(told.encode("utf-8", "surrogateescape") + request.body).hexdigest()[:32]
 
 

@@ -19,11 +19,29 @@ class Caller:
     """Whose limits, epochs and answers these are. Holds no key, only its digest."""
 
     credential: str
-    """Digest of the key; `anonymous` without one. Equal for a key given by header, query or body."""
+    """Digest of the key that goes upstream; `anonymous` without one. Equal for one given by header, query or body."""
+    member: str = ""
+    """In team mode the member's name, by whose token the request came; else empty."""
+    address: str = ""
+    """The client's; empty where nobody said."""
+    weight: float = 1.0
+    """The share of turns beside others'."""
+
+    @property
+    def who(self) -> str:
+        """Between whom turns are shared: the member, else the key together with the address it comes from."""
+        return self.member or f"{self.credential} {self.address}"
+
+    @property
+    def author(self) -> str:
+        """Whose write is the same when it comes again: the key's, in team mode the member's with that key."""
+        return f"{self.credential} {self.member}" if self.member else self.credential
 
     @property
     def label(self) -> str:
         """Short enough for a log line."""
+        if self.member:
+            return self.member
         return self.credential if self.credential == ANONYMOUS else self.credential[:8]
 
 
@@ -33,14 +51,22 @@ def identify(request: Request) -> Caller:
     A key given twice is one identity, as the clients do it; two different keys in one request are an identity of their
     own, since it is not known which of them the endpoint will believe.
     """
+    found = keys_given(request)
+    cookies = [value for name, value in request.headers if name.lower() == "cookie"]
+    if not found and not cookies:
+        return Caller(ANONYMOUS)
+    if len(found) == 1 and not cookies:
+        return Caller(digest(next(iter(found))))
+    # Several keys, or a session beside the key: every value counts, and where it stood.
+    return Caller(digest(json.dumps([sorted((key, sorted(set(places))) for key, places in found.items()), cookies])))
+
+
+def keys_given(request: Request) -> dict[str, list[str]]:
+    """Every key that a request carries, and where: header, query, body."""
     found: dict[str, list[str]] = {}
-    cookies: list[str] = []
     for name, value in request.headers:
-        lowered = name.lower()
-        if lowered == "authorization":
+        if name.lower() == "authorization":
             found.setdefault(_bare(value), []).append("header")
-        elif lowered == "cookie":
-            cookies.append(value)
     _, _, query = request.target.partition("?")
     if query:
         for key in _from_query(query):
@@ -49,12 +75,7 @@ def identify(request: Request) -> Caller:
         for key in _from_body(request.body):
             found.setdefault(key, []).append("body")
     found.pop("", None)
-    if not found and not cookies:
-        return Caller(ANONYMOUS)
-    if len(found) == 1 and not cookies:
-        return Caller(digest(next(iter(found))))
-    # Several keys, or a session beside the key: every value counts, and where it stood.
-    return Caller(digest(json.dumps([sorted((key, sorted(set(places))) for key, places in found.items()), cookies])))
+    return found
 
 
 def digest(secret: str) -> str:

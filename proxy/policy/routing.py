@@ -174,6 +174,29 @@ def parameter(route: Route, target: str) -> tuple[str, ...]:
     return tuple(here for name, here in zip(template, _segments(target), strict=False) if name[:1] == "{")
 
 
+def canonical_name(name: str) -> str:
+    """METHOD and path of a route, equal however its parameters are called and whether or not it ends in a slash."""
+    method, _, template = name.partition(" ")
+    path = "/".join("{}" if segment[:1] == "{" else segment for segment in _segments(template))
+    return f"{method} /{path}"
+
+
+def words_of(target: str) -> list[str]:
+    """The segments of a path, in small letters, without `api` and the version before them."""
+    words = [segment.lower() for segment in _segments(target)]
+    if words[:1] == ["api"]:
+        del words[: 2 if words[1:2] and words[1] in _VERSIONS else 1]
+    return words
+
+
+def is_plain(target: str) -> bool:
+    """Is there no other path that a server may read in this one, by decoding it twice, resolving dots or the like?"""
+    return not any(
+        segment in ("", ".", "..") or not segment.isprintable() or any(mark in segment for mark in "/\\;%")
+        for segment in _segments(target)
+    )
+
+
 class _Node:
     """A segment in the tree of routes: what may follow it, and the routes that end with it."""
 

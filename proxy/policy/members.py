@@ -1,0 +1,298 @@
+"""Team mode: whose token a request carries, what that member may do, and the account's key in the token's place."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+from urllib.parse import quote, unquote, unquote_plus
+
+from . import caching
+from .errors import Refusal
+from .fields import spans
+from .identity import KEY_FIELDS, Caller, identify, keys_given
+from .messages import Headers, Request, header
+from .routing import Effect, Route, Routes, canonical_name, is_plain, words_of
+from .units import Count, Positive
+
+PREFIX = "vp_"
+"""What every gateway token begins with, so that it is not mistaken for a key of the vendor's."""
+Kind = Literal["read", "search", "write", "spend", "auth"]
+EFFECTS: tuple[Kind, ...] = ("read", "search", "write", "spend")
+"""What a member may do that is not limited."""
+
+TokenHash = Annotated[str, "token hash"]
+"""`sha256:` and the SHA-256 of a gateway token in hexadecimal. A token is 256 bits of chance, which none guesses."""
+RouteName = Annotated[str, "route"]
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A value that no repr, and so no log and no traceback, shows."""
+
+    value: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRules:
+    """Where one Vast key of the gateway is read from: an entry of `team.keys` in the settings."""
+
+    file: Annotated[str, "file name"] = ""
+    """A file with the key and nothing else in it, such as a Docker secret."""
+    env: str = ""
+    """Or the name of an environment variable."""
+
+    def __post_init__(self) -> None:
+        if bool(self.file) == bool(self.env):
+            raise ValueError("expected either `file` or `env`")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One who may use the gateway: an entry of `team.members` in the settings."""
+
+    token: TokenHash = ""
+    key: str = "default"
+    """The one of `team.keys` that the calls are made with."""
+    effects: tuple[Kind, ...] = EFFECTS
+    """What calls may do."""
+    weight: Positive = 1.0
+    """The share of turns, beside the other members'."""
+    spends_per_day: Count | None = None
+    """Calls that cost money in a day of UTC; None: no limit."""
+    deny: tuple[RouteName, ...] = ()
+    """Routes that are closed all the same."""
+    grant: tuple[RouteName, ...] = ()
+    """Routes that are open all the same, also those that are closed to members by themselves."""
+
+    def __post_init__(self) -> None:
+        if not self.token:
+            raise ValueError("a member needs `token`, as `vast-proxy token new` prints it")
+
+
+@dataclass(frozen=True, slots=True)
+class TeamRules:
+    """Who may use the gateway, with which keys: `team` in the settings. Both empty: everybody brings an own key."""
+
+    keys: Mapping[str, KeyRules] = field(default_factory=dict)
+    members: Mapping[str, Member] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Team mode; also when the last member's line is gone, for then nobody may come in."""
+        return bool(self.keys or self.members)
+
+
+Keys = Mapping[str, Secret]
+"""The gateway's keys by their names in `team.keys`."""
+
+
+def hashed(token: str) -> str:
+    """What the settings hold of a token."""
+    return "sha256:" + hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def same_token(token: str, stored: str) -> bool:
+    """Is it the token of that hash? Takes the same time for any."""
+    return hmac.compare_digest(hashed(token), stored)
+
+
+def faults(team: TeamRules, routes: Routes) -> Iterable[tuple[tuple[str | int, ...], str]]:
+    """What is wrong with a team beyond each value by itself: the key of the setting, and a sentence."""
+    seen: dict[str, str] = {}
+    for name, member in team.members.items():
+        here = ("team", "members", name)
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
+            yield here, "a member's name is 1 to 64 letters, digits and . _ @ -"
+        if member.token in seen:
+            yield (*here, "token"), f"the same token as that of {seen[member.token]}"
+        seen.setdefault(member.token, name)
+        if member.key not in team.keys:
+            yield (*here, "key"), f"there is no {member.key} in team.keys"
+        known = {canonical_name(route.name) for route in routes}
+        for what in ("deny", "grant"):
+            for index, given in enumerate(getattr(member, what)):
+                if canonical_name(given) not in known:
+                    yield (*here, what, index), f"no such route; `vast-proxy routes` lists them, got {given!r:.80}"
+
+
+# --- Who asks ---------------------------------------------------------------------------------------------------------
+
+
+def admit(request: Request, team: TeamRules, keys: Keys, address: str = "") -> tuple[Request, Caller]:
+    """The caller of a request, and the request as it may go upstream. `address`: the client's.
+
+    In team mode with the account's key where the token stood. Raises Refusal: 401 without a token of a member, 400 for
+    a request in which it is not certain that the token is nowhere left.
+    """
+    if not team:
+        return request, replace(identify(request), address=address)
+    given = keys_given(request)
+    if not given:
+        msg = (
+            "vast-proxy wants a gateway token where the client has its key (VAST_API_KEY); ask whoever runs it for one"
+        )
+        raise Refusal(401, "token_needed", msg)
+    token = next(iter(given))
+    # Every member is compared, whoever it is. A key beside the token would leave it open which of them is believed.
+    found = [name for name, member in team.members.items() if same_token(token, member.token)]
+    if not found or len(given) > 1:
+        raise Refusal(401, "token_unknown", "vast-proxy does not know this gateway token: it is wrong, or revoked")
+    name = found[0]
+    member = team.members[name]
+    passed_on = _swapped(request, token, keys[member.key].value)
+    caller = identify(passed_on)
+    return passed_on, replace(caller, member=name, address=address, weight=member.weight)
+
+
+# --- What a member may do ---------------------------------------------------------------------------------------------
+
+_OF_KEYS = frozenset({"auth", "apikey", "apikeys", "api_keys", "reset_apikey", "regenerate_keys", "tfa"})
+_OF_ACCOUNTS = frozenset({"user", "users", "subaccounts", "team"})
+
+
+def reserved(route: Route, target: str = "") -> bool:
+    """Is this route open only to whom it is granted by name?
+
+    Whatever makes, shows or changes a key or a login, and every write to users, subaccounts and the vendor's own teams,
+    by which somebody else would get into the account. `target`: by it an endpoint that is not listed is judged.
+    """
+    words = words_of(route.template if route.listed else target or route.template)
+    return not _OF_KEYS.isdisjoint(words) or (not route.is_read and bool(words) and words[0] in _OF_ACCOUNTS)
+
+
+def forbidden(caller: Caller, route: Route, target: str, team: TeamRules) -> Refusal | None:
+    """Why this member may not ask for that, or None. `target`: as it was asked for."""
+    member = team.members.get(caller.member)
+    if member is None:
+        return None
+    here = f"team.members.{caller.member}"
+    name = canonical_name(route.name)
+
+    def refusal(why: str) -> Refusal:
+        return Refusal(403, "not_permitted", f"{caller.member} may not {route.name}: {why}")
+
+    if name in map(canonical_name, member.deny):
+        return refusal(f"this route is denied ({here}.deny)")
+    if name in map(canonical_name, member.grant):
+        return None
+    if not is_plain(target):
+        return refusal("its path can be read in two ways; write it plainly")
+    if reserved(route, target):
+        return refusal(f"it is about keys, logins or the account itself, and needs to be granted ({here}.grant)")
+    if route.effect not in member.effects:
+        return refusal(f"that needs the effect {route.effect.value} ({here}.effects)")
+    return None
+
+
+def spends_in(request: Request, route: Route) -> int:
+    """For how many of a day's spends a call counts: none if it costs nothing, a bulk create for each of its offers.
+
+    What is sent to the serverless engine is inference, and is not counted.
+    """
+    if route.effect is not Effect.SPEND or route.upstream == "serverless":
+        return 0
+    if canonical_name(route.name) == _BULK:
+        try:
+            ids = json.loads(request.body)["ids"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return 1
+        return max(1, len(ids)) if isinstance(ids, list) else 1
+    return 1
+
+
+_BULK = canonical_name("POST /api/v0/asks/bulk/")
+
+
+# --- The key in the token's place -------------------------------------------------------------------------------------
+
+# A session is another way of being somebody; the rest would let a client choose what is answered in pieces, by which a
+# key could not be recognised, or have the request taken for another one than the one that was permitted.
+_NOT_PASSED = frozenset(
+    {
+        "cookie",
+        "forwarded",
+        "if-range",
+        "range",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-proto",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "x-original-url",
+        "x-rewrite-url",
+    }
+)
+
+
+def _swapped(request: Request, token: str, key: str) -> Request:
+    """The request with the key wherever the token stood as a key, otherwise to the byte as it was."""
+    headers = tuple(
+        (name, _swapped_header(name.lower(), value, token, key, request.headers))
+        for name, value in request.headers
+        if name.lower() not in _NOT_PASSED
+    )
+    if (header(headers, "content-encoding") or "identity").strip().lower() != "identity":
+        raise _leaking("a body with a content coding cannot be looked into")
+    path, mark, query = request.target.partition("?")
+    target = path + mark + _swapped_query(query, token, key)
+    swapped = replace(request, target=target, headers=headers, body=_swapped_body(request.body, token, key))
+    if _holds(swapped, token):
+        raise _leaking("the gateway token stands elsewhere than where clients put their key")
+    return swapped
+
+
+def _leaking(why: str) -> Refusal:
+    return Refusal(400, "bad_request", f"{why}, and a token is never passed on to Vast.ai")
+
+
+def _swapped_header(name: str, value: str, token: str, key: str, headers: Headers) -> str:
+    if name == "authorization":
+        return value.replace(token, key, 1)
+    if name == "accept-encoding":
+        # What can be undone here, since the answer has to be looked into.
+        return "gzip" if caching.accepts_gzip(headers) else "identity"
+    return value
+
+
+def _swapped_query(query: str, token: str, key: str) -> str:
+    pairs = query.split("&")
+    for index, pair in enumerate(pairs):
+        name, mark, value = pair.partition("=")
+        if unquote_plus(name) in KEY_FIELDS and unquote_plus(value) == token:
+            pairs[index] = name + mark + quote(key, safe="")
+    return "&".join(pairs)
+
+
+def _swapped_body(body: bytes, token: str, key: str) -> bytes:
+    found = spans(body, KEY_FIELDS)
+    if found is None:
+        if body.lstrip()[:1] in (b"{", b"["):
+            return body
+        text = body.decode("utf-8", "surrogateescape")
+        return _swapped_query(text, token, key).encode("utf-8", "surrogateescape")
+    for start, end in reversed(found):
+        if json.loads(body[start:end]) == token:
+            body = body[:start] + json.dumps(key).encode() + body[end:]
+    return body
+
+
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+
+
+def _holds(request: Request, token: str) -> bool:
+    """Is the token still in there, as it is or in a spelling that is read as it?"""
+    texts = [request.target, *(text for item in request.headers for text in item)]
+    texts.append(request.body.replace(b"\0", b"").decode("latin-1"))  # UTF-16 has a NUL at every other place
+    for text in texts:
+        if token in text:
+            return True
+        if "\\u" in text and token in _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text):
+            return True
+        if "%" in text and (token in unquote(text) or token in unquote(unquote(text))):
+            return True
+    return False

@@ -1,0 +1,428 @@
+"""Team mode on real sockets: the token comes in, the key goes out, and neither is seen on the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Answer, Gateway, Start
+from fake_vast import Behaviour, Fault, identity_of
+from raw import RawUpstream, answer
+
+from proxy.policy.members import hashed
+from proxy.settings import load
+
+pytestmark = pytest.mark.looptime
+
+KEY = "0123456789abcdef0123456789abcdef-key-of-the-account"
+ADA, BOB = ("vp_" + name * 43 for name in "ab")
+USER = "/api/v0/users/current"
+SSH = "/api/v0/ssh/"
+
+Team = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+def team(start: Start, tmp_path: Path) -> Team:
+    """`await team(fast=True, ada={"effects": ["read"]})`: a gateway with one key and two members, ada and bob."""
+
+    async def begin(behaviour: Any = None, ada: Any = None, **more: Any) -> Gateway:
+        file = tmp_path / "key"
+        file.write_text(KEY)
+        file.chmod(0o600)
+        members = {"ada": {"token": hashed(ADA), **(ada or {})}, "bob": {"token": hashed(BOB)}}
+        given = {"keys": {"default": {"file": str(file)}}, "members": members}
+        gateway: Gateway = await start(behaviour, team=given, **more)
+        return gateway
+
+    return begin
+
+
+def seen(answer: Answer) -> bytes:
+    return repr(answer.raw_headers).encode() + answer.body
+
+
+def asked_with(gateway: Gateway) -> set[str]:
+    """Whose keys the fake was asked with."""
+    return {call.identity for call in gateway.fake.calls()}
+
+
+# --- In ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_token_comes_in_by_header_query_and_body_and_the_key_goes_out(team: Team) -> None:
+    gateway = await team(fast=True)
+    assert (await gateway.get(SSH, key=ADA)).status == 200
+    assert (await gateway.get(f"{SSH}?api_key={ADA}", key="")).status == 200
+    assert (await gateway("GET", "/api/v0/endptjobs/", {"client_id": "me", "api_key": ADA}, key="")).status == 200
+    assert asked_with(gateway) == {identity_of(KEY)}
+    for call in gateway.fake.calls():
+        assert ADA not in repr(call)
+
+
+async def test_the_body_is_otherwise_the_same_and_its_length_is_set_anew(start: Start, tmp_path: Path) -> None:
+    async with RawUpstream() as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        body = b'{ "client_id":"me",\t"api_key" : "%s", "x": 1.50 }' % ADA.encode()
+        async with gateway.session.put(f"{gateway.url}/api/v0/asks/7/", data=body) as response:
+            assert response.status == 200
+        (found,) = upstream.seen
+        assert found.body == body.replace(ADA.encode(), KEY.encode())
+        assert found.all("Content-Length") == [str(len(found.body))]
+
+
+async def test_who_has_no_token_is_told_and_nothing_is_sent(team: Team) -> None:
+    gateway = await team(fast=True)
+    for key, code in (("", "token_needed"), (KEY, "token_unknown"), ("vp_" + "c" * 43, "token_unknown")):
+        told = await gateway.get(SSH, key=key)
+        assert (told.status, told.json["error"]) == (401, code)
+        assert told.json["msg"] not in ("Invalid user key", "")
+    assert gateway.fake.calls() == []
+
+
+async def test_a_session_of_the_vendors_goes_neither_way(team: Team) -> None:
+    gateway = await team(Behaviour(set_cookie=("session=abc",)), fast=True)
+    told = await gateway.get(SSH, key=ADA, headers={"Cookie": "session=stolen"})
+    assert "Set-Cookie" not in told.headers
+    assert "stolen" not in repr(gateway.fake.calls())
+
+
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+async def test_the_account_is_shown_without_its_key(team: Team, coding: str) -> None:
+    gateway = await team(fast=True)
+    for cache in ("fwd=miss; stored; ttl=15", "hit; ttl=15"):
+        told = await gateway.get(USER, key=ADA, headers={"Accept-Encoding": coding})
+        assert (told.status, told.json["api_key"], told.json["email"].partition("@")[2]) == (200, "", "example.com")
+        assert told.cache == cache
+        assert KEY.encode() not in seen(told)
+
+
+async def test_another_key_of_the_account_is_not_shown_either(start: Start, tmp_path: Path) -> None:
+    body = b'{"id":  7, "api_key": "the-first-key-of-the-account", "x": [1.50]}'
+    async with RawUpstream(answer("Content-Type: application/json", body=body)) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        told = await gateway.get(USER, key=ADA)
+        assert told.body == b'{"id":  7, "api_key": "", "x": [1.50]}'
+
+
+async def test_the_key_is_in_no_answer_wherever_it_stands(start: Start, tmp_path: Path) -> None:
+    echo = KEY.encode()
+    packed = gzip.compress(b'{"url": "/x?api_key=%s"}' % echo)
+    answers = [
+        answer(f"X-Echo: {KEY}", f"Location: /x?api_key={KEY}", body=b"key " + echo),
+        answer("Content-Encoding: gzip", body=packed),
+        answer(body=echo, status="404 Not Found"),
+        answer(body=b"nothing", status=f"404 No {KEY}"),
+    ]
+    async with RawUpstream(*answers) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        for number in range(len(answers)):
+            told = await gateway.get(f"/api/v0/x/?n={number}", key=ADA)
+            assert KEY.encode() not in seen(told)
+        assert (await gateway.get("/api/v0/x/?n=1", key=ADA)).status == 404
+
+
+async def test_what_holds_no_key_passes_to_the_byte(start: Start, tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"a": 1}')
+    async with RawUpstream(answer("Content-Encoding: gzip", 'ETag: "x"', body=packed)) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        async with gateway.session.get(
+            f"{gateway.url}/api/v0/x/", headers={"Authorization": f"Bearer {ADA}"}, auto_decompress=False
+        ) as response:
+            assert await response.read() == packed
+            assert response.headers["ETag"] == '"x"'
+
+
+@pytest.mark.parametrize("coded", [True, False])
+async def test_a_key_that_is_split_over_pieces_of_a_large_answer_does_not_slip_through(
+    start: Start, tmp_path: Path, *, coded: bool
+) -> None:
+    whole = b"".join(b"%d " % number for number in range(300_000)) + KEY.encode() + b" and the end " + KEY.encode()
+    sent = gzip.compress(whole, 0) if coded else whole
+    cut = len(sent) - len(KEY) // 2 - 8 * coded
+
+    async def script(_: RawUpstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(sent)}\r\n" + "Content-Encoding: gzip\r\n" * coded + "\r\n"
+        writer.write(head.encode() + sent[:cut])
+        await writer.drain()
+        await asyncio.sleep(1)
+        writer.write(sent[cut:])
+        await writer.drain()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        told = await gateway.get("/api/v0/x/", key=ADA)
+        assert told.body == whole.replace(KEY.encode(), b"*" * len(KEY))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        answer("Content-Encoding: br", body=b"\x0b\x02\x80{}\x03"),
+        answer("Content-Encoding: gzip", body=b"no gzip"),
+        answer("Content-Encoding: deflate", body=zlib.compress(b"x")[:-1]),
+        answer("Content-Encoding: br", body=b"x" * 2_000_000),
+    ],
+    ids=["another coding", "damaged", "cut short", "large"],
+)
+async def test_what_cannot_be_looked_into_is_not_passed_on(start: Start, tmp_path: Path, sent: bytes) -> None:
+    async with RawUpstream(sent) as upstream:
+        gateway = await team_before(start, tmp_path, upstream, retry={"max_attempts": 1})
+        told = await gateway.get("/api/v0/x/", key=ADA)
+        assert (told.status, told.json["error"]) == (503, "upstream_unreachable")
+
+
+async def team_before(start: Start, tmp_path: Path, upstream: RawUpstream, **more: Any) -> Gateway:
+    file = tmp_path / "key"
+    file.write_text(KEY)
+    file.chmod(0o600)
+    given = {"keys": {"default": {"file": str(file)}}, "members": {"ada": {"token": hashed(ADA)}}}
+    gateway: Gateway = await start(fake=upstream, team=given, limits={"scale": 1e-6, "global": None}, **more)
+    return gateway
+
+
+async def test_that_the_gateways_own_key_is_refused_is_not_told_as_if_it_were_the_clients(team: Team) -> None:
+    gateway = await team(Behaviour(invalid_keys=frozenset({KEY})), fast=True)
+    told = await gateway.get(SSH, key=ADA)
+    assert (told.status, told.json["error"]) == (403, "gateway_key_refused")
+    assert "Invalid user key" not in told.json["msg"]
+
+
+# --- Who is who -------------------------------------------------------------------------------------------------------
+
+
+async def test_members_with_one_key_share_answers_and_epochs(team: Team) -> None:
+    gateway = await team(fast=True)
+    assert (await gateway.get(SSH, key=ADA)).cache == "fwd=miss; stored; ttl=30"
+    assert (await gateway.get(SSH, key=BOB)).cache == "hit; ttl=30"
+    await gateway.post(SSH, {"ssh_key": "ssh-ed25519 AAAA ada"}, key=ADA)
+    assert "AAAA" in str((await gateway.get(SSH, key=BOB)).json)
+
+
+async def test_the_same_write_of_two_members_is_two(team: Team) -> None:
+    gateway = await team()
+    gateway.fake.faults.append(Fault(kind="slow", delay=5.0))
+    path, body = "/api/v0/launch_instance/", {"image": "x", "q": {}}
+
+    async def leaves(key: str) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await gateway.put(path, body, key=key)
+
+    await leaves(ADA)
+    other = await gateway.put(path, body, key=BOB)
+    again = await gateway.put(path, body, key=ADA)
+    assert (other.cache, again.cache) == ("fwd=method", "fwd=method; collapsed")
+    assert gateway.fake.count("rented") == 2
+
+
+async def test_members_with_one_key_share_its_line_by_weight(team: Team) -> None:
+    gateway = await team(ada={"weight": 2})
+    order: list[str] = []
+
+    async def ask(key: str, number: int) -> None:
+        await gateway.get(f"/api/v0/instances/{number}/?owner=me", key=key)
+        order.append(key[3])
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(12):
+            tasks.create_task(ask(BOB, number))
+        await asyncio.sleep(0.5)
+        for number in range(12, 20):
+            tasks.create_task(ask(ADA, number))
+    assert order[0] == "b"
+    assert 7 <= order[1:13].count("a") <= 8, "two turns of ada's for one of bob's, as long as both wait"
+
+
+async def test_the_log_names_the_member(team: Team, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway = await team(fast=True, log={"level": "info"})
+    await gateway.get(SSH, key=ADA)
+    await gateway.put("/api/v0/users/", {}, key=BOB)
+    await asyncio.sleep(0)
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"GET {SSH} caller=ada status=200" in first
+    assert "PUT /api/v0/users/ caller=bob status=403" in second
+    assert second.endswith("code=not_permitted")
+
+
+# --- What a member may do ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/api/v0/auth/apikeys/"),
+        ("POST", "/api/v0/auth/apikeys/"),
+        ("PUT", "/api/v0/commands/reset_apikey/"),
+        ("POST", "/api/v0/tfa/"),
+        ("PUT", "/api/v0/users/"),
+        ("POST", "/api/v0/users/"),
+        ("GET", "/api/v0/secrets/"),
+    ],
+)
+async def test_the_keys_of_the_account_are_out_of_reach_unless_granted(team: Team, method: str, path: str) -> None:
+    gateway = await team(fast=True, ada={"grant": [f"{method} {path}"]})
+    told = await gateway(method, path, {}, key=BOB)
+    assert (told.status, told.json["error"]) == (403, "not_permitted")
+    assert "bob" in told.json["msg"]
+    assert gateway.fake.calls() == []
+    await gateway(method, path, {}, key=ADA)
+    assert len(gateway.fake.calls()) == 1
+
+
+async def test_who_may_only_read_gets_no_stored_search_of_others_and_rents_nothing(team: Team) -> None:
+    gateway = await team(fast=True, ada={"effects": ["read"]})
+    assert (await gateway.post("/api/v0/bundles/", {"q": 1}, key=BOB)).status == 200
+    assert (await gateway.post("/api/v0/bundles/", {"q": 1}, key=ADA)).status == 403
+    told = await gateway.put(gateway.offer(), {}, key=ADA)
+    assert (
+        told.json["msg"] == "ada may not PUT /api/v0/asks/{id}/: that needs the effect spend (team.members.ada.effects)"
+    )
+    assert (await gateway.get(SSH, key=ADA)).status == 200
+
+
+# --- Spends of a day --------------------------------------------------------------------------------------------------
+
+ASK = "PUT /api/v0/asks/{id}/"
+
+
+async def test_the_spends_of_a_day_are_counted_by_member_and_the_sentence_says_when_it_ends(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 2})
+    paths = [gateway.offer(number) for number in range(6)]
+    assert [(await gateway.put(path, {}, key=ADA)).status for path in paths[:3]] == [200, 200, 403]
+    told = (await gateway.put(paths[3], {}, key=ADA)).json
+    assert told["error"] == "spends_used_up"
+    assert re.fullmatch(
+        r"ada has 0 of 2 spends left on 2026-07-25 \(team\.members\.ada\.spends_per_day\), and this takes 1; "
+        r"the day ends at 2026-07-26 00:00 UTC, in \d+ h \d+ min",
+        told["msg"],
+    )
+    assert (await gateway.put(paths[4], {}, key=BOB)).status == 200
+    assert (await gateway.get(SSH, key=ADA)).status == 200
+    assert gateway.fake.count("rented") == 3
+    await asyncio.sleep(24 * 3600)
+    assert (await gateway.put(paths[5], {}, key=ADA)).status == 200
+
+
+async def test_of_more_at_once_than_are_left_no_more_are_sent(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 3})
+    paths = [gateway.offer(number) for number in range(8)]
+    answers = await asyncio.gather(*(gateway.put(path, {}, key=ADA) for path in paths))
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [403] * 5
+    assert len(gateway.fake.calls(ASK)) == 3
+
+
+async def test_a_bulk_create_takes_one_for_each_offer(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 3})
+    offers = [int(offer["id"]) for offer in gateway.fake.offers]
+    assert (await gateway.post("/api/v0/asks/bulk/", {"ids": offers[:2]}, key=ADA)).status == 200
+    told = await gateway.post("/api/v0/asks/bulk/", {"ids": offers[2:4]}, key=ADA)
+    assert "ada has 1 of 3 spends left" in told.json["msg"]
+    assert (await gateway.post("/api/v0/asks/bulk/", {"ids": offers[2:3]}, key=ADA)).status == 200
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_they_survive_a_restart(team: Team, *, crash: bool) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    paths = [gateway.offer(number) for number in range(2)]
+    assert (await gateway.put(paths[0], {}, key=ADA)).status == 200
+    await gateway.restart(crash=crash)
+    assert (await gateway.put(paths[1], {}, key=ADA)).json["error"] == "spends_used_up"
+
+
+async def test_what_was_not_done_is_given_back(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    path = gateway.offer()
+    for fault in (
+        Fault(match=ASK, kind="refuse429", form="json_retry_after", retry_after=3000),
+        Fault(match=ASK, kind="status", status=404, body=b'{"error": "no_such_ask"}'),
+    ):
+        gateway.fake.faults.append(fault)
+        assert (await gateway.put(path, {"image": str(fault.status)}, key=ADA)).status in (429, 404)
+        await asyncio.sleep(3600)  # what was learned of it
+    assert (await gateway.put(path, {}, key=ADA)).status == 200
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).status == 403
+
+
+async def test_who_leaves_while_it_waits_has_it_back_and_who_leaves_later_has_not(team: Team) -> None:
+    gateway = await team(ada={"spends_per_day": 2})
+    gateway.fake.faults.append(Fault(match=ASK, kind="slow", delay=3.0))
+    paths = [gateway.offer(number) for number in range(3)]
+
+    async def leaves(path: str) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await gateway.put(path, {}, key=ADA)
+
+    await asyncio.gather(leaves(paths[0]), leaves(paths[1]))
+    assert len(gateway.fake.calls(ASK)) == 1
+    await asyncio.sleep(5)
+    assert (await gateway.put(paths[1], {}, key=ADA)).status == 200
+    assert (await gateway.put(paths[2], {}, key=ADA)).status == 403
+
+
+async def test_one_whose_outcome_is_not_known_counts(team: Team) -> None:
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    gateway.fake.faults.append(Fault(match=ASK, kind="drop_after"))
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).json["error"] == "outcome_unknown"
+    assert (await gateway.put(gateway.offer(1), {}, key=ADA)).json["error"] == "spends_used_up"
+
+
+async def test_a_damaged_file_of_spends_is_told_and_no_reason_to_stop(
+    team: Team, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.spends").write_text("{")
+    gateway = await team(fast=True, ada={"spends_per_day": 1})
+    assert "cannot be read (JSONDecodeError): counting anew" in caplog.text
+    assert (await gateway.put(gateway.offer(), {}, key=ADA)).status == 200
+    assert json.loads((tmp_path / "state.spends").read_text()) == {"day": "2026-07-25", "spends": {"ada": 1}}
+
+
+# --- Revoking ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_whose_line_is_gone_is_refused_from_the_reload_on(team: Team, tmp_path: Path) -> None:
+    gateway = await team(fast=True)
+    for _ in range(2):
+        assert (await gateway.get(SSH, key=ADA)).status == 200
+    written = json.loads((tmp_path / "proxy.yaml").read_text())
+    del written["team"]["members"]["ada"]
+    (tmp_path / "proxy.yaml").write_text(json.dumps(written))
+    gateway.app.reload(load(tmp_path / "proxy.yaml", {}, {}))
+    assert (await gateway.get(SSH, key=ADA)).json["error"] == "token_unknown"
+    assert (await gateway.get(SSH, key=BOB)).status == 200
+    written["team"]["members"] = {}
+    (tmp_path / "proxy.yaml").write_text(json.dumps(written))
+    gateway.app.reload(load(tmp_path / "proxy.yaml", {}, {}))
+    assert (await gateway.get(SSH, key=BOB)).json["error"] == "token_unknown"
+
+
+async def test_another_key_in_the_file_is_used_from_the_reload_on(team: Team, tmp_path: Path) -> None:
+    gateway = await team(fast=True)
+    await gateway.get(SSH, key=ADA)
+    (tmp_path / "key").write_text("another-key-of-the-account")
+    gateway.app.reload(load(tmp_path / "proxy.yaml", {}, {}))
+    await gateway.get(SSH, key=ADA)
+    assert asked_with(gateway) == {identity_of(KEY), identity_of("another-key-of-the-account")}
+
+
+async def test_neither_key_nor_token_is_in_a_file_a_status_or_a_repr(team: Team, tmp_path: Path) -> None:
+    gateway = await team(fast=True)
+    await gateway.put(gateway.offer(), {}, key=ADA)
+    await gateway.app.stop(1.0)
+    files = [file for file in tmp_path.iterdir() if file.name != "key"]
+    assert {"state.json", "state.writes"} <= {file.name for file in files}
+    told = repr(gateway.app.settings) + json.dumps(gateway.app._status(), default=str)
+    for secret in (KEY, ADA):
+        assert secret not in told
+        assert not [file for file in files if secret in file.read_text()]
