@@ -38,6 +38,7 @@ from proxy.policy.errors import Refusal, UpstreamError
 from proxy.policy.identity import identify
 from proxy.policy.messages import CacheStatus, Exchange, Request, Response, header
 from proxy.settings import Settings, load
+from proxy.spends import Spends
 from proxy.store import MemoryStore
 
 # --- What can be asked ------------------------------------------------------------------------------------------------
@@ -318,7 +319,8 @@ class Paths(RuleBasedStateMachine):
             self.admission.restore({f"{key} api account": {"known": True} for key in keys})
             store, ledger = MemoryStore(clock, 2**26), Ledger(clock, settings.writes, Journal(None))
             breakers = {"api": Breaker(BreakerRules(failures=10**9, probe_initial=0.0, probe_max=0.0))}
-            return Pipeline(settings, clock, store, self.admission, ledger, breakers, self, lambda: 0.5)
+            spends = Spends(clock, None)
+            return Pipeline(settings, clock, store, self.admission, ledger, breakers, self, lambda: 0.5, spends)
 
         self.pipeline = self.loop.run_until_complete(build())
 
