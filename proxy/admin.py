@@ -118,6 +118,7 @@ class AccessLog:
             end += f" refused={exchange.refusals}"
         if exchange.left:
             end += " left"
+        end += f" id={exchange.request_id}"
         return (
             f"{self._date} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
             f"status={exchange.status} cache={cache} queued={exchange.queued * 1000:.0f}ms "
@@ -130,6 +131,7 @@ class AccessLog:
                 {
                     "at": round(self._now, 3),
                     "event": "exchange",
+                    "id": exchange.request_id,
                     "method": exchange.method,
                     "route": exchange.route,
                     "effect": exchange.effect,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ class App:
         self.admin = Admin(self._status, lambda: self._ready)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
-            self.clock, settings.server, self.pipeline, self.admin, (self.access.observe, self.admin.counted.observe)
+            self.clock,
+            settings.server,
+            self.pipeline,
+            self.admin,
+            request_ids(),
+            (self.access.observe, self.admin.counted.observe),
         )
         self._ready = False
         self._stopping = asyncio.Event()
@@ -250,6 +256,12 @@ class StateFile:
                 why = error.strerror
                 log.warning("state file %s cannot be written (%s): nothing will be remembered", self.path, why)
                 self._written = {}
+
+
+def request_ids() -> Iterator[str]:
+    """Names for requests: of no other one of this process, and hardly of another process."""
+    process = f"{random.getrandbits(48):012x}"
+    return (f"{process}-{number:x}" for number in itertools.count(1))
 
 
 def journal_of(state_file: Path | None) -> Path | None:

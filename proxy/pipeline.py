@@ -19,7 +19,7 @@ from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller, identify
 from .policy.limiting import MAX_429
-from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
+from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step
 from .policy.routing import Route
 from .settings import Settings
 from .store import Store
@@ -54,6 +54,7 @@ class Fetched:
     refusals: int = 0
     queued: float = 0.0
     upstream: float = 0.0
+    steps: tuple[Step, ...] = ()
 
 
 def _has_rest(fetched: Fetched) -> bool:
@@ -204,6 +205,7 @@ class Pipeline:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
+        exchange.listed, exchange.origin = route.listed, route.upstream
         if route.refused:
             raise Refusal(403, "not_for_clients", f"{route.name} is for workers inside instances, not for this proxy")
         if known.lifetime is not None:
@@ -339,8 +341,10 @@ class Pipeline:
         exchange.stored, exchange.ttl, exchange.age = fetched.stored, fetched.ttl, fetched.age
         exchange.attempts, exchange.refusals = fetched.attempts, fetched.refusals
         exchange.queued, exchange.upstream = fetched.queued, fetched.upstream
+        exchange.steps = fetched.steps
         if collapsed:
             exchange.attempts = exchange.refusals = 0
+            exchange.steps = ()
             if fetched.cache is CacheStatus.MISS:
                 exchange.cache = CacheStatus.COLLAPSED
         if isinstance(fetched.outcome, Refusal):
@@ -457,6 +461,7 @@ class Pipeline:
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
+            fetched.steps += (Step(began, None, clock.now()),)
             return refusal, False
         finally:
             fetched.queued += clock.now() - began
@@ -476,11 +481,13 @@ class Pipeline:
         held = False
         key = None
         outcome: Response | UpstreamError | None = None
+        status = 0
         try:
             if known.question is not None:
                 # As the epochs are now: what is read from here on is later than every write that has ended.
                 key = await self._key(known)
             response = await self.upstream.send(journey.request, known.route.upstream, sent)
+            status = response.status
             if response.status == 429 or response.status in retrying.PASSING:
                 response = _cut_short(response)
             if response.rest is not None:
@@ -493,7 +500,9 @@ class Pipeline:
             outcome = error
             return error, False
         finally:
-            fetched.upstream += clock.now() - granted
+            ended = clock.now()
+            fetched.upstream += ended - granted
+            fetched.steps += (Step(began, granted, ended, status),)
             if not held:
                 ticket.close()
             if outcome is None:

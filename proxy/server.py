@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import re
 import socket
 import struct
 import termios
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _LAST = frozenset({"bad_request", "body_too_large", "request_timeout", "overloaded"})
 """Refusals after which it is not certain where the next request begins, or not worth it to read that far."""
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+"""A request id that is kept: visible ASCII, so that it forges no header and no log line."""
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
 Observer = Callable[[Exchange], None]
@@ -57,8 +60,15 @@ class Server(web.Server):
     """aiohttp's low-level server with our own error answers. Owns the clients' connections."""
 
     def __init__(
-        self, clock: Clock, rules: ServerRules, pipeline: Pipeline, admin: Admin, observers: Iterable[Observer] = ()
+        self,
+        clock: Clock,
+        rules: ServerRules,
+        pipeline: Pipeline,
+        admin: Admin,
+        request_ids: Iterator[str],
+        observers: Iterable[Observer] = (),
     ) -> None:
+        """`request_ids`: one for each request that brings none."""
         super().__init__(
             self._handle,
             handler_cancellation=True,  # a client that leaves gives up its place
@@ -72,6 +82,7 @@ class Server(web.Server):
         self._clock = clock
         self._pipeline = pipeline
         self._admin = admin
+        self._request_ids = request_ids
         self._observers = tuple(observers)
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
@@ -110,7 +121,9 @@ class Server(web.Server):
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = self._clock.now()
-        exchange = Exchange(method=request.method)
+        given = request.headers.get("X-Request-ID")
+        kept = given is not None and _SANE_ID.fullmatch(given)
+        exchange = Exchange(given if kept and given else next(self._request_ids), began, request.method)
         try:
             return await self._answer(request, exchange, began)
         except asyncio.CancelledError:
@@ -131,7 +144,7 @@ class Server(web.Server):
                 exchange.route, exchange.effect = OURS, "admin"
                 response = self._admin(request.method, target)
                 exchange.status = response.status
-                return _Reply(response, request, b"")
+                return _Reply(response, request, _ID % exchange.request_id.encode())
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
             response = found if found is not None else await self._patiently(request, known, exchange)
@@ -147,7 +160,7 @@ class Server(web.Server):
             raise
         except Exception:
             # Never a traceback to a client, and never one that holds a request's values in a log.
-            log.exception("a request met a fault of the proxy's own")
+            log.exception("a request met a fault of the proxy's own (id=%s)", exchange.request_id)
             exchange.code = _FAULT.code
             response = _refused(_FAULT)
         exchange.status = response.status
@@ -601,18 +614,20 @@ def _refused(refusal: Refusal) -> Response:
     return Response(refusal.status, tuple(headers), refusal.body())
 
 
+_ID = b"X-Request-ID: %b\r\n"
 _HIT = (
-    b"Age: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
+    b"X-Request-ID: %b\r\nAge: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
     b'Server-Timing: queue;dur=0.0, upstream;dur=0.0, total;dur=%.1f, attempts;desc="0"\r\n'
 )
 _TIMING = b'Server-Timing: queue;dur=%.1f, upstream;dur=%.1f, total;dur=%.1f, attempts;desc="%d"\r\n'
 
 
 def _told(exchange: Exchange, total: float) -> bytes:
-    """What became of the request, as header lines: Cache-Status (RFC 9211), Age, Server-Timing."""
+    """What became of the request, as header lines: X-Request-ID, Cache-Status (RFC 9211), Age, Server-Timing."""
+    name = exchange.request_id.encode()
     match exchange.cache:
         case CacheStatus.HIT:  # the most frequent one, made in one go
-            return _HIT % (max(0.0, exchange.age or 0), exchange.ttl or 0, total * 1000)
+            return _HIT % (name, max(0.0, exchange.age or 0), exchange.ttl or 0, total * 1000)
         case CacheStatus.STALE if exchange.attempts == 0:
             status = f"hit; ttl={exchange.ttl or 0:.0f}; detail=stale"
         case CacheStatus.STALE:
@@ -629,7 +644,8 @@ def _told(exchange: Exchange, total: float) -> bytes:
             status = "fwd=bypass" if exchange.effect in ("read", "search") else "fwd=method"
     age = b"Age: %d\r\n" % max(0.0, exchange.age) if exchange.age is not None else b""
     times = (exchange.queued * 1000, exchange.upstream * 1000, total * 1000, exchange.attempts)
-    return b"%bCache-Status: vast-proxy; %b\r\n%b" % (age, status.encode("latin-1"), _TIMING % times)
+    told = (name, age, status.encode("latin-1"), _TIMING % times)
+    return b"X-Request-ID: %b\r\n%bCache-Status: vast-proxy; %b\r\n%b" % told
 
 
 def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: bytes, *, keep_alive: bool) -> bytes:

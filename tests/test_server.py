@@ -322,7 +322,7 @@ async def test_a_body_that_never_ends_is_not_read_beyond_the_limit(start: Start)
 
 # --- An answer passes as it is ----------------------------------------------------------------------------------------
 
-_OURS = ("Cache-Status", "Server-Timing")
+_OURS = ("X-Request-ID", "Cache-Status", "Server-Timing")
 
 
 async def test_headers_of_an_answer_keep_their_order_repetition_spelling_and_bytes(start: Start, parser: str) -> None:
