@@ -24,6 +24,7 @@ from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
 from .ledger import Journal, Ledger
+from .metrics import LIMITS_SHOWN, Metrics
 from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
@@ -66,7 +67,9 @@ class App:
         self.pipeline = Pipeline(
             settings, self.clock, self.store, self.admission, self.ledger, self.breakers, self.upstream, chance
         )
-        self.admin = Admin(self._status, lambda: self._ready)
+        self._listed = frozenset(route.name for route in settings.routes)
+        self.metrics = Metrics(lambda: self._status(LIMITS_SHOWN), lambda name: name in self._listed)
+        self.admin = Admin(self._status, lambda: self._ready, {"/_proxy/metrics": self.metrics.answer})
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
             self.clock,
@@ -74,7 +77,7 @@ class App:
             self.pipeline,
             self.admin,
             request_ids(),
-            (self.access.observe, self.admin.counted.observe),
+            (self.access.observe, self.admin.counted.observe, self.metrics.observe),
         )
         self._ready = False
         self._stopping = asyncio.Event()
@@ -150,6 +153,7 @@ class App:
         self.ledger.rules = settings.writes
         self.store.resize(settings.cache.max_bytes)
         self.access.configure(settings.log.level, settings.log.format)
+        self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
         return kept
 
@@ -166,7 +170,8 @@ class App:
     def _origins(self) -> dict[str, str]:
         return {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless}
 
-    def _status(self) -> Mapping[str, Any]:
+    def _status(self, most: int | None = None) -> Mapping[str, Any]:
+        """What is so at this moment. `most`: only so many lines, and limits of routes and of accounts."""
         return {
             "version": __version__,
             "uptime": round(self.clock.now() - self._started, 1),
@@ -178,8 +183,15 @@ class App:
             "clients": {"connections": len(self.server.clients), "body_bytes": self.server.bodies.size},
             "away": {name: breaker.away for name, breaker in self.breakers.items()},
             "writes": len(self.ledger),
-            "cache": {"entries": self.store.entries, "bytes": self.store.size, "max_bytes": self.store.max_bytes},
-            "limits": list(self.admission.limits_known()),
+            "cache": {
+                "entries": self.store.entries,
+                "bytes": self.store.size,
+                "max_bytes": self.store.max_bytes,
+                "evictions": self.store.evictions,
+            },
+            "origins": self.admission.ceilings(),
+            "lines": list(self.admission.lines_waiting(most)),
+            "limits": list(self.admission.limits_known(most)),
         }
 
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "admin": {"policy"},
     "admission": {"clock", "policy"},
     "ledger": {"clock", "policy"},
+    "metrics": {"policy"},
     "pipeline": {"admission", "clock", "coalescer", "ledger", "policy", "settings", "store"},
     "server": {"bounds", "clock", "pipeline", "policy", "settings"},
     "app": EVERYTHING,
@@ -31,6 +32,7 @@ MAY_IMPORT = {
 FOREIGN = {
     "admission": {"aiolimiter"},
     "ledger": {"cachetools"},
+    "metrics": {"prometheus_client"},
     "pipeline": {"cachetools"},
     "settings": {"pydantic", "pydantic_core", "yaml"},
     "store": {"cachetools"},

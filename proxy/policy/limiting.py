@@ -371,6 +371,12 @@ class Bucket:
         start = max(self.tat, now) if self.pending or ahead else self.tat
         return max(now, start + spacing * (self.pending + ahead - self.capacity + 1))
 
+    def tokens(self, now: float) -> float:
+        """Calls that may be granted at once, fractions included; 0 or less: none."""
+        if not self.enforced or self.spacing <= 0.0:
+            return float(self.capacity)
+        return min(float(self.capacity), self.capacity - self.pending - (self.tat - now) / self.spacing)
+
     # Charging: a turn is granted, then either sent or given back
 
     def grant(self) -> None:
