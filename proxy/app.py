@@ -32,6 +32,7 @@ from .server import Server
 from .settings import Listen, LogRules, Settings, SettingsError
 from .store import MemoryStore
 from .upstream import Upstream
+from .window import SHOWN, Window
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 2.0
@@ -69,7 +70,9 @@ class App:
         )
         self._listed = frozenset(route.name for route in settings.routes)
         self.metrics = Metrics(lambda: self._status(LIMITS_SHOWN), lambda name: name in self._listed)
-        self.admin = Admin(self._status, lambda: self._ready, {"/_proxy/metrics": self.metrics.answer})
+        self.window = Window(self.clock, lambda: {**self._status(SHOWN), "totals": self.admin.counted.shown()})
+        pages = {"/_proxy/metrics": self.metrics.answer} | self.window.pages("/_proxy")
+        self.admin = Admin(self._status, lambda: self._ready, pages)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
             self.clock,
@@ -77,7 +80,7 @@ class App:
             self.pipeline,
             self.admin,
             request_ids(),
-            (self.access.observe, self.admin.counted.observe, self.metrics.observe),
+            (self.access.observe, self.admin.counted.observe, self.metrics.observe, self.window.observe),
         )
         self._ready = False
         self._stopping = asyncio.Event()
@@ -105,6 +108,7 @@ class App:
         """
         grace = self.settings.drain.timeout if grace is None else grace
         self._ready = False
+        self.window.close()
         if self._listener is not None:
             self._listener.close()
         self.admission.turn_all_away(Refusal(503, "restarting", "vast-proxy is stopping; try again in a moment", 5))

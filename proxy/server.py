@@ -144,7 +144,10 @@ class Server(web.Server):
                 exchange.route, exchange.effect = OURS, "admin"
                 response = self._admin(request.method, target)
                 exchange.status = response.status
-                return _Reply(response, request, _ID % exchange.request_id.encode())
+                extra = _ID % exchange.request_id.encode()
+                if response.rest is not None:
+                    return await _stream(response, request, extra, exchange, last=last)
+                return _Reply(response, request, extra)
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
             response = found if found is not None else await self._patiently(request, known, exchange)
@@ -799,6 +802,8 @@ async def _write(request: web.BaseRequest, data: bytes, exchange: Exchange, *, c
     transport = request.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client went away")
+    if not data:
+        return  # as a chunk it would be the last one
     exchange.bytes_out += len(data)
     connection = request.protocol
     assert isinstance(connection, _Connection)

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "metrics": {"policy"},
     "pipeline": {"admission", "clock", "coalescer", "ledger", "policy", "settings", "store"},
     "server": {"bounds", "clock", "pipeline", "policy", "settings"},
+    "window": {"clock", "policy"},
     "app": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": set(),

@@ -884,9 +884,10 @@ async def test_what_is_under_proxy_is_answered_here(start: Start) -> None:
             ("/_proxy/health/", 200),
             ("/_proxy/ready?x", 200),
             ("/_proxy/status", 200),
-            ("/_proxy", 404),
-            ("/_proxy/", 404),
-            ("/_proxy?x", 404),
+            ("/_proxy/nothing", 404),
+            ("/_proxy/page.py", 404),
+            ("/_proxy/../proxy/page/page.js", 404),
+            ("/_proxy/status/page.js", 404),
             ("/_proxy/../api/v0/x/", 404),
             ("/_proxy/health/x", 404),
         ]:

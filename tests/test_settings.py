@@ -439,7 +439,7 @@ def test_the_flags_name_settings_that_exist() -> None:
 # --- Packaging --------------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_carries_the_shipped_settings(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_shipped_settings_and_the_page(tmp_path: Path) -> None:
     built = run(
         [executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, CHECKOUT],
         capture_output=True,
@@ -452,6 +452,8 @@ def test_the_wheel_carries_the_shipped_settings(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     for name in ("proxy.yaml", "routes.yaml"):
         assert (tmp_path / "installed/proxy/config" / name).read_bytes() == shipped(name).read_bytes()
+    for file in (CHECKOUT / "proxy" / "page").iterdir():
+        assert (tmp_path / "installed/proxy/page" / file.name).read_bytes() == file.read_bytes()
 
     told = run(
         [executable, "-m", "proxy", "check-config"],
