@@ -45,6 +45,8 @@ PREFIX = "VAST_PROXY_"
 """Of every environment variable that is ours: `VAST_PROXY_LIMITS__SCALE` is `limits.scale`."""
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 """Names the settings file when the command line does not."""
+NO_SETTINGS = frozenset({CONFIG_VARIABLE, PREFIX + "URL", PREFIX + "ADMIN_TOKEN"})
+"""Variables that are ours and no settings: the last two are for `vast-proxy status`."""
 FLAGS = {"listen": "--listen", "upstreams.api": "--upstream", "log.level": "--log-level"}
 """The settings that the command line can override, and how they are called there."""
 
@@ -296,7 +298,7 @@ def _read_environment(layer: int, environ: Mapping[str, str]) -> Layer:
     known = {PREFIX + "__".join(str(part) for part in key).upper(): key for key in known_keys()}
     structures = {key[:-1] for key in known.values()} | {("routes",), ("families",)}
     for name, text in sorted(environ.items()):
-        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE or not text or _is_link(name, text):
+        if not name.startswith(PREFIX) or name in NO_SETTINGS or not text or _is_link(name, text):
             continue
         here = Place(layer, 0, 0, f"${name}")
         if name not in known:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from proxy.__main__ import _parser
-from proxy.settings import CONFIG_VARIABLE, PREFIX, known_keys, load
+from proxy.settings import NO_SETTINGS, PREFIX, known_keys, load
 
 CHECKOUT = Path(__file__).parent.parent
 START = "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/vast-proxy serve"
@@ -93,7 +93,7 @@ def test_every_flag_of_a_script_that_a_page_mentions_exists(page: Path) -> None:
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 KEYS = {".".join(str(part) for part in key) for key in known_keys()}
-VARIABLES = {PREFIX + key.upper().replace(".", "__") for key in KEYS} | {CONFIG_VARIABLE}
+VARIABLES = {PREFIX + key.upper().replace(".", "__") for key in KEYS} | NO_SETTINGS
 
 
 @each_page
