@@ -107,6 +107,8 @@ def _serve(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"vast-proxy: {_why(error, settings)}", file=sys.stderr)
         return FAILED
+    except app.MissingExtra as error:
+        return _complain(error)
     return OK
 
 

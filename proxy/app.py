@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .admin import AccessLog, Admin, Events
@@ -34,6 +34,9 @@ from .store import MemoryStore
 from .upstream import Upstream
 from .window import SHOWN, Window
 
+if TYPE_CHECKING:  # an extra, imported where it is wanted
+    from .tracing import Tracing
+
 log = logging.getLogger(__name__)
 SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
@@ -41,6 +44,10 @@ ORIGINS_KEPT = 8
 """Other origins whose lessons stay in the state file."""
 BACKLOG = 1024
 """Connections that may wait to be taken in."""
+
+
+class MissingExtra(Exception):
+    """Something is to be used that is not installed. The text says what to install."""
 
 
 class App:
@@ -82,6 +89,7 @@ class App:
             request_ids(),
             (self.access.observe, self.admin.counted.observe, self.metrics.observe, self.window.observe),
         )
+        self.tracing: Tracing | None = None
         self._ready = False
         self._stopping = asyncio.Event()
         self._started = self.clock.now()
@@ -90,6 +98,12 @@ class App:
         # Clients of earlier settings, each until its last call has ended.
         self._retiring: dict[asyncio.Task[None], Upstream] = {}
         self.address = settings.listen
+
+    def trace(self, tracing: Tracing) -> None:
+        """Have every exchange from now on traced."""
+        self.tracing = tracing
+        self.server.begin_trace = tracing.begin
+        self.server.observers += (tracing.observe,)
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
@@ -130,6 +144,8 @@ class App:
             task.cancel()
         await self.pipeline.flights.finish()
         self.access.flush()
+        if self.tracing is not None:
+            await self.tracing.close()
 
     def reload(self, settings: Settings) -> list[str]:
         """Put other settings in force for every request from now on. Names those that need a restart."""
@@ -139,6 +155,8 @@ class App:
             kept.append("listen")
         if before.state != settings.state:
             kept.append("state.file")
+        if before.tracing != settings.tracing:
+            kept.append("tracing")
         if before.server.keepalive != settings.server.keepalive:
             kept.append("server.keepalive")
         if before.upstreams != settings.upstreams:
@@ -300,6 +318,20 @@ def configure_logging(rules: LogRules) -> None:
     logging.getLogger("proxy").setLevel(rules.level.upper())
 
 
+def tracing_for(app: App, environ: Mapping[str, str]) -> Tracing | None:
+    """As the settings or OpenTelemetry's own variables say; None: nobody wants traces. Raises MissingExtra."""
+    otlp = app.settings.tracing.otlp
+    named = any(environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
+    disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if disabled or not (otlp or named):
+        return None
+    try:
+        from .tracing import Tracing, exporter
+    except ImportError:
+        raise MissingExtra("traces need OpenTelemetry: pip install 'vast-proxy[otel]' (tracing.otlp)") from None
+    return Tracing(app.clock, exporter(otlp), __version__)
+
+
 def raise_open_files(settings: Settings) -> None:
     """Allow this process as many open files as its connections may need, or warn that they are not to be had."""
     try:
@@ -320,11 +352,17 @@ def raise_open_files(settings: Settings) -> None:
 
 
 async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
+    """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads.
+
+    Raises OSError if it cannot listen, MissingExtra if something that is to be used is not installed.
+    """
     configure_logging(settings.log)
     raise_open_files(settings)
     app = App(settings)
     try:
+        tracing = tracing_for(app, os.environ)
+        if tracing is not None:
+            app.trace(tracing)
         await app.start()
     except BaseException:
         await app.upstream.close()

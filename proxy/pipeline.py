@@ -13,7 +13,7 @@ from .admission import Admission, Turn
 from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
-from .policy import caching, guarding, queueing, retrying
+from .policy import caching, guarding, queueing, retrying, tracing
 from .policy.breaking import Breaker
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
@@ -232,6 +232,8 @@ class Pipeline:
         self, known: Understood, exchange: Exchange, watch: Watch = lambda flight: None
     ) -> Coroutine[Any, Any, Response]:
         """An answer from upstream, waited for in its turn. `watch` is shown the flight. Raises Refusal."""
+        if exchange.trace is not None:
+            known = replace(known, request=tracing.passed_on(known.request, exchange.trace))
         if not known.route.is_read:
             return self._write(known, exchange, watch)
         turn = self._turn(known)

@@ -29,7 +29,7 @@ from .bounds import Bodies, Connections, Unsent, notice_silence
 from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy.errors import Refusal, UpstreamError
-from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, end_to_end
+from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Trace, end_to_end
 from .settings import ServerRules
 
 LONGEST_LINE = 32 * 1024
@@ -83,7 +83,9 @@ class Server(web.Server):
         self._pipeline = pipeline
         self._admin = admin
         self._request_ids = request_ids
-        self._observers = tuple(observers)
+        self.begin_trace: Callable[[str | None], Trace] | None = None
+        """Makes the place in a trace of a request with such a `traceparent`; None: nobody traces."""
+        self.observers = tuple(observers)
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
         self.bodies = Bodies()
@@ -124,6 +126,8 @@ class Server(web.Server):
         given = request.headers.get("X-Request-ID")
         kept = given is not None and _SANE_ID.fullmatch(given)
         exchange = Exchange(given if kept and given else next(self._request_ids), began, request.method)
+        if self.begin_trace is not None:
+            exchange.trace = self.begin_trace(request.headers.get("traceparent"))
         try:
             return await self._answer(request, exchange, began)
         except asyncio.CancelledError:
@@ -133,7 +137,7 @@ class Server(web.Server):
             if self.bodies.size:
                 self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
-            for observe in self._observers:
+            for observe in self.observers:
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:

@@ -71,6 +71,8 @@ Origin = Annotated[str, "origin"]
 """An http or https URL of a host and perhaps a port, nothing after them; kept without a trailing slash."""
 Domain = Annotated[str, "domain"]
 File = Annotated[Path, "file"]
+Collector = Annotated[str, "collector"]
+"""An origin, or null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,14 @@ class LogRules:
 
 
 @dataclass(frozen=True, slots=True)
+class TracingRules:
+    """Who gets traces: `tracing` in the settings."""
+
+    otlp: Collector | None = None
+    """A collector that takes OTLP over HTTP. None: the one that OpenTelemetry's own variables name, else nobody."""
+
+
+@dataclass(frozen=True, slots=True)
 class StateRules:
     """What survives a restart: `state` in the settings."""
 
@@ -152,6 +162,7 @@ class Settings:
     cache: CacheRules = field(default_factory=CacheRules)
     drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
+    tracing: TracingRules = field(default_factory=TracingRules)
     state: StateRules = field(default_factory=StateRules)
     routes: Routes
     """The shipped table of endpoints, with the user's laid over it."""
@@ -632,6 +643,10 @@ UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "address": (_text(_listen), "HOST:PORT (examples: 127.0.0.1:8080, [::1]:8080)"),
     "origin": (_text(_origin), "an http or https URL without path, query or user (example: https://cloud.vast.ai)"),
     "domain": (_text(_domain), "a domain (example: vast.ai)"),
+    "collector": (
+        _text(_origin),
+        "an http or https URL without path, query or user, or null (example: http://127.0.0.1:4318)",
+    ),
     "file": (_text(_file), "the name of a file, or null"),
 }
 """How a marker of policy/units.py, or of this file, is read, and how the right thing is described."""

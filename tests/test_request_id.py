@@ -23,7 +23,7 @@ RENT = {"client_id": "me", "image": "x", "disk": 10}
 def seen_by(gateway: Gateway) -> list[Exchange]:
     """Every exchange from now on."""
     seen: list[Exchange] = []
-    gateway.app.server._observers += (seen.append,)
+    gateway.app.server.observers += (seen.append,)
     return seen
 
 

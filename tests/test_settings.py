@@ -193,6 +193,7 @@ OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
     ("limits", "margin"): ("0.5", 0.5),
     ("log", "level"): ("error", "error"),
     ("log", "format"): ("json", "json"),
+    ("tracing", "otlp"): ("http://127.0.0.1:4318/", "http://127.0.0.1:4318"),
     ("state", "file"): ("/var/s.json", Path("/var/s.json")),
     ("cache", "share_searches"): ("true", True),
 }
