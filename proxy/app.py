@@ -143,6 +143,7 @@ class App:
             await upstream.close()
             task.cancel()
         await self.pipeline.flights.finish()
+        self.server.tell()
         self.access.flush()
         if self.tracing is not None:
             await self.tracing.close()

@@ -83,6 +83,7 @@ class Server(web.Server):
         self._pipeline = pipeline
         self._admin = admin
         self._request_ids = request_ids
+        self._ended: list[Exchange] = []
         self.begin_trace: Callable[[str | None], Trace] | None = None
         """Makes the place in a trace of a request with such a `traceparent`; None: nobody traces."""
         self.observers = tuple(observers)
@@ -137,7 +138,15 @@ class Server(web.Server):
             if self.bodies.size:
                 self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
-            for observe in self.observers:
+            if not self._ended:
+                self._loop.call_soon(self.tell)
+            self._ended.append(exchange)
+
+    def tell(self) -> None:
+        """Tell the observers of what has ended, all of one turn of the loop together: that costs half as much."""
+        ended, self._ended = self._ended, []
+        for observe in self.observers:
+            for exchange in ended:
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
@@ -146,6 +155,7 @@ class Server(web.Server):
         try:
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
+                self.tell()
                 response = self._admin(request.method, target)
                 exchange.status = response.status
                 extra = _ID % exchange.request_id.encode()
