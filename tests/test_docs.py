@@ -189,5 +189,5 @@ def test_every_link_inside_the_project_leads_somewhere(page: Path) -> None:
 @each_page
 def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
     for line in code(page):
-        for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|docs|proxy)/[\w./-]+\.\w+", line):
+        for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|deploy|docs|proxy)/[\w./-]+\.\w+", line):
             assert (CHECKOUT / name).is_file(), f"{name_of(page)}: {name}"
