@@ -65,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--upstream", metavar="URL", help="the API, instead of `upstreams.api` in the settings")
     serve.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     add("check-config", _check_config, "say whether the settings are right, or everything that is wrong with them")
+    told = "show what a running proxy tells of itself: what waits, limits, cache, totals"
+    status = commands.add_parser("status", help=told, description=told, allow_abbrev=False)
+    status.set_defaults(command=_status)
+    status.add_argument(
+        "url", metavar="URL", nargs="?", help="where it is; default: $VAST_PROXY_URL, else http://127.0.0.1:8080"
+    )
+    status.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="as JSON; with --watch one object a line")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
     tokens = commands.add_parser("token", help="make gateway tokens for team mode", allow_abbrev=False)
     of_tokens = tokens.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -125,6 +133,8 @@ def _serve(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"vast-proxy: {_why(error, settings)}", file=sys.stderr)
         return FAILED
+    except app.MissingExtra as error:
+        return _complain(error)
     return OK
 
 
@@ -153,6 +163,21 @@ def _check_config(options: argparse.Namespace) -> int:
         f"listen {settings.listen}, upstream {settings.upstreams.api}, {pace}, "
         f"{len(settings.routes)} routes in {len(settings.routes.families)} families, from {settings.source}"
     )
+    return OK
+
+
+def _status(options: argparse.Namespace) -> int:
+    from .status import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, StatusError, show
+
+    url = options.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    try:
+        show(url, os.environ.get(TOKEN_VARIABLE, ""), watch=options.watch, as_json=options.json)
+    except StatusError as error:
+        print(f"vast-proxy: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        if not options.watch:
+            raise
     return OK
 
 

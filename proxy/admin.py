@@ -15,14 +15,18 @@ from typing import Any, TextIO
 from .policy.messages import CacheStatus, Exchange, Response
 
 Status = Callable[[], Mapping[str, Any]]
+Page = Callable[[str], Response]
+"""Answers GET and HEAD, which it is told, of one path."""
 
 
 class Admin:
     """Answers /_proxy/. Owns nothing but what it was told; `status` hands in the rest."""
 
-    def __init__(self, status: Status, ready: Callable[[], bool]) -> None:
+    def __init__(self, status: Status, ready: Callable[[], bool], pages: Mapping[str, Page] | None = None) -> None:
+        """`pages`: further ones, by path, without a slash at its end."""
         self._status = status
         self._ready = ready
+        self._pages = pages or {}
         self.counted = Totals()
 
     def __call__(self, method: str, target: str) -> Response:
@@ -39,7 +43,10 @@ class Admin:
                 return _json(503, {"success": False, "error": "not_ready", "msg": "starting, or shutting down"})
             case "/_proxy/status":
                 return _json(200, {"success": True, **self._status(), "totals": self.counted.shown()})
-        msg = "nothing here; there are /_proxy/health, /_proxy/ready and /_proxy/status"
+        page = self._pages.get(path)
+        if page is not None:
+            return page(method)
+        msg = "nothing here; there are /_proxy/, and in it health, ready, status and metrics"
         return _json(404, {"success": False, "error": "not_found", "msg": msg})
 
 
@@ -118,6 +125,7 @@ class AccessLog:
             end += f" refused={exchange.refusals}"
         if exchange.left:
             end += " left"
+        end += f" id={exchange.request_id}"
         return (
             f"{self._date} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
             f"status={exchange.status} cache={cache} queued={exchange.queued * 1000:.0f}ms "
@@ -130,6 +138,7 @@ class AccessLog:
                 {
                     "at": round(self._now, 3),
                     "event": "exchange",
+                    "id": exchange.request_id,
                     "method": exchange.method,
                     "route": exchange.route,
                     "effect": exchange.effect,

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from types import TracebackType
 from typing import Any, Self
 
@@ -189,6 +189,11 @@ class Limiter(AsyncLimiter):
     def rate(self) -> float:
         """Calls a second in the long run."""
         return self._rate_per_sec
+
+    def tokens(self) -> float:
+        """Calls that may go at once, fractions included."""
+        self._leak()
+        return self.max_rate - self._level
 
     def take(self) -> None:
         """Charge one call; in the same tick as `delay() == 0`."""
@@ -862,20 +867,62 @@ class Admission:
             if isinstance(state, dict) and isinstance(state.get("seen", 0), int | float)
         }
 
-    def limits_known(self) -> Iterable[dict[str, Any]]:
-        """Every bucket in use, for people: what it allows, where that is from, when it is next due."""
+    def limits_known(self, most: int | None = None) -> Iterable[dict[str, Any]]:
+        """Every bucket in use, for people: what it allows, where that is from, when it is next due.
+
+        `most`: of those of routes, and of those of accounts, only so many, the last used.
+        """
         now = self.clock.now()
-        for (who, upstream, template), bucket in sorted(self._buckets.items()):
-            if bucket.enforced and (bucket.sends or bucket.source == "learned"):
-                yield _shown(who, upstream, template, bucket, now) | {
-                    "waiting": len(self._queues.get((who, upstream, template), ()))
-                }
-        for (who, upstream), account in sorted(self._accounts.items()):
+        used = [item for item in self._buckets.items() if _in_use(item[1])]
+        accounts = list(self._accounts.items())
+        if most is not None:
+            used = nlargest(most, used, key=lambda item: item[1].last_sent)
+            accounts = nlargest(most, accounts, key=lambda item: item[1].bucket.last_sent)
+        for (who, upstream, template), bucket in sorted(used):
+            yield _shown(who, upstream, template, bucket, now) | {
+                "waiting": len(self._queues.get((who, upstream, template), ()))
+            }
+        for (who, upstream), account in sorted(accounts):
             yield _shown(who, upstream, "account", account.bucket, now) | {
                 "waiting": account.waiting,
                 "in_flight": account.in_flight,
                 "window": None if account.known else int(account.window),
             }
+
+    def lines_waiting(self, most: int | None = None) -> Iterable[dict[str, Any]]:
+        """Every line that somebody stands in, the longest first, for people. `most`: only so many of them."""
+        now = self.clock.now()
+        lines = self._waiting_lines()
+        for line in nlargest(len(lines) if most is None else most, lines, key=len):
+            who, upstream, name = line.key
+            origin = self.origins[upstream]
+            due = max(now + origin.delay(), *(bucket.due(now) for bucket in line.buckets))
+            yield {
+                "credential": Caller(who).label,
+                "upstream": upstream,
+                "route": name,
+                "waiting": len(line),
+                "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
+                "newcomer_in": round(max(0.0, self._expected(origin, line, now, Turn(0, math.inf)) - now), 3),
+            }
+
+    def ceilings(self) -> dict[str, dict[str, Any]]:
+        """What is under way to each upstream, and the ceiling over all calls to it."""
+        return {
+            name: {
+                "waiting": origin.waiting,
+                "in_flight": origin.in_flight,
+                "slots": origin.slots,
+                "rate": None if origin.limiter is None else round(origin.limiter.rate, 4),
+                "burst": None if origin.limiter is None else origin.limiter.max_rate,
+                "tokens": None if origin.limiter is None else round(origin.limiter.tokens(), 2),
+            }
+            for name, origin in self.origins.items()
+        }
+
+
+def _in_use(bucket: Bucket) -> bool:
+    return bucket.enforced and (bucket.sends > 0 or bucket.source == "learned")
 
 
 def _seen(bucket: Bucket, now: float, wall: float) -> int:
@@ -893,6 +940,7 @@ def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -
         "capacity": bucket.capacity,
         "margin": round(bucket.margin, 4),
         "source": bucket.source,
+        "tokens": round(bucket.tokens(now), 2),
         "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
         "sends": bucket.sends,
         "correction": bucket.correction,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
@@ -14,15 +15,16 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, certificates
 from .admin import AccessLog, Admin, Events
 from .admission import Admission
 from .clock import Clock
 from .ledger import Journal, Ledger
+from .metrics import LIMITS_SHOWN, Metrics
 from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
@@ -31,6 +33,10 @@ from .settings import Listen, LogRules, Settings, SettingsError
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
+from .window import SHOWN, Window
+
+if TYPE_CHECKING:  # an extra, imported where it is wanted
+    from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 2.0
@@ -41,6 +47,10 @@ _UNFINISHED = ".state-"
 """How the names of state files begin that are being written."""
 BACKLOG = 1024
 """Connections that may wait to be taken in."""
+
+
+class MissingExtra(Exception):
+    """Something is to be used that is not installed. The text says what to install."""
 
 
 class App:
@@ -76,11 +86,21 @@ class App:
             chance,
             Spends(self.clock, spends_of(settings.state.file)),
         )
-        self.admin = Admin(self._status, lambda: self._ready)
+        self._listed = frozenset(route.name for route in settings.routes)
+        self.metrics = Metrics(lambda: self._status(LIMITS_SHOWN), lambda name: name in self._listed)
+        self.window = Window(self.clock, lambda: {**self._status(SHOWN), "totals": self.admin.counted.shown()})
+        pages = {"/_proxy/metrics": self.metrics.answer} | self.window.pages("/_proxy")
+        self.admin = Admin(self._status, lambda: self._ready, pages)
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
-            self.clock, settings.server, self.pipeline, self.admin, (self.access.observe, self.admin.counted.observe)
+            self.clock,
+            settings.server,
+            self.pipeline,
+            self.admin,
+            request_ids(),
+            (self.access.observe, self.admin.counted.observe, self.metrics.observe, self.window.observe),
         )
+        self.tracing: Tracing | None = None
         self._ready = False
         self._stopping = asyncio.Event()
         self._started = self.clock.now()
@@ -91,6 +111,12 @@ class App:
         self.address = settings.listen
         self._certificate: ssl.SSLContext | None = None
         """What clients are shown; None: they speak plain HTTP."""
+
+    def trace(self, tracing: Tracing) -> None:
+        """Have every exchange from now on traced."""
+        self.tracing = tracing
+        self.server.begin_trace = tracing.begin
+        self.server.observers += (tracing.observe,)
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
@@ -117,6 +143,7 @@ class App:
         """
         grace = self.settings.drain.timeout if grace is None else grace
         self._ready = False
+        self.window.close()
         if self._listener is not None:
             self._listener.close()
         self.admission.turn_all_away(Refusal(503, "restarting", "vast-proxy is stopping; try again in a moment", 5))
@@ -137,7 +164,10 @@ class App:
             await upstream.close()
             task.cancel()
         await self.pipeline.flights.finish()
+        self.server.tell()
         self.access.flush()
+        if self.tracing is not None:
+            await self.tracing.close()
 
     def reload(self, settings: Settings) -> list[str]:
         """Put other settings in force for every request from now on. Names those that need a restart."""
@@ -154,6 +184,8 @@ class App:
                 log.error("the certificate in use stays: %s", error)
         if before.state != settings.state:
             kept.append("state.file")
+        if before.tracing != settings.tracing:
+            kept.append("tracing")
         if before.server.keepalive != settings.server.keepalive:
             kept.append("server.keepalive")
         if before.upstreams != settings.upstreams:
@@ -172,6 +204,7 @@ class App:
         self.ledger.rules = settings.writes
         self.store.resize(settings.cache.max_bytes)
         self.access.configure(settings.log.level, settings.log.format)
+        self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
         return kept
 
@@ -188,7 +221,8 @@ class App:
     def _origins(self) -> dict[str, str]:
         return {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless}
 
-    def _status(self) -> Mapping[str, Any]:
+    def _status(self, most: int | None = None) -> Mapping[str, Any]:
+        """What is so at this moment. `most`: only so many lines, and limits of routes and of accounts."""
         return {
             "version": __version__,
             "uptime": round(self.clock.now() - self._started, 1),
@@ -200,8 +234,15 @@ class App:
             "clients": {"connections": len(self.server.clients), "body_bytes": self.server.bodies.size},
             "away": {name: breaker.away for name, breaker in self.breakers.items()},
             "writes": len(self.ledger),
-            "cache": {"entries": self.store.entries, "bytes": self.store.size, "max_bytes": self.store.max_bytes},
-            "limits": list(self.admission.limits_known()),
+            "cache": {
+                "entries": self.store.entries,
+                "bytes": self.store.size,
+                "max_bytes": self.store.max_bytes,
+                "evictions": self.store.evictions,
+            },
+            "origins": self.admission.ceilings(),
+            "lines": list(self.admission.lines_waiting(most)),
+            "limits": list(self.admission.limits_known(most)),
         }
 
 
@@ -283,6 +324,12 @@ class StateFile:
                 self._written = {}
 
 
+def request_ids() -> Iterator[str]:
+    """Names for requests: of no other one of this process, and hardly of another process."""
+    process = f"{random.getrandbits(48):012x}"
+    return (f"{process}-{number:x}" for number in itertools.count(1))
+
+
 def journal_of(state_file: Path | None) -> Path | None:
     """Where writes are remembered over a restart: beside what was learned."""
     return state_file.with_suffix(".writes") if state_file is not None else None
@@ -308,6 +355,20 @@ def configure_logging(rules: LogRules) -> None:
     logging.getLogger("proxy").setLevel(rules.level.upper())
 
 
+def tracing_for(app: App, environ: Mapping[str, str]) -> Tracing | None:
+    """As the settings or OpenTelemetry's own variables say; None: nobody wants traces. Raises MissingExtra."""
+    otlp = app.settings.tracing.otlp
+    named = any(environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
+    disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if disabled or not (otlp or named):
+        return None
+    try:
+        from .tracing import Tracing, exporter
+    except ImportError:
+        raise MissingExtra("traces need OpenTelemetry: pip install 'vast-proxy[otel]' (tracing.otlp)") from None
+    return Tracing(app.clock, exporter(otlp), __version__)
+
+
 def raise_open_files(settings: Settings) -> None:
     """Allow this process as many open files as its connections may need, or warn that they are not to be had."""
     try:
@@ -328,7 +389,10 @@ def raise_open_files(settings: Settings) -> None:
 
 
 async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads. Raises OSError if it cannot listen."""
+    """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reloads.
+
+    Raises OSError if it cannot listen, MissingExtra if something that is to be used is not installed.
+    """
     configure_logging(settings.log)
     raise_open_files(settings)
     app = App(settings)
@@ -356,6 +420,9 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_reload)
     try:
+        tracing = tracing_for(app, os.environ)
+        if tracing is not None:
+            app.trace(tracing)
         await app.start()
     except BaseException:
         await app.upstream.close()

@@ -14,13 +14,13 @@ from .cleaning import cleaned
 from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
-from .policy import caching, guarding, members, queueing, retrying
+from .policy import caching, guarding, members, queueing, retrying, tracing
 from .policy.breaking import Breaker, Call
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller
 from .policy.limiting import MAX_429
-from .policy.messages import CacheStatus, Exchange, Headers, Request, Response
+from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step
 from .policy.routing import Route
 from .settings import Settings
 from .spends import Spend, Spends
@@ -60,6 +60,7 @@ class Fetched:
     refusals: int = 0
     queued: float = 0.0
     upstream: float = 0.0
+    steps: tuple[Step, ...] = ()
 
 
 def _has_rest(fetched: Fetched) -> bool:
@@ -223,6 +224,7 @@ class Pipeline:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
+        exchange.listed, exchange.origin = route.listed, route.upstream
         if known.forbidden is not None:
             raise known.forbidden.with_traceback(None)
         if route.refused:
@@ -251,6 +253,8 @@ class Pipeline:
         self, known: Understood, exchange: Exchange, watch: Watch = lambda flight: None
     ) -> Coroutine[Any, Any, Response]:
         """An answer from upstream, waited for in its turn. `watch` is shown the flight. Raises Refusal."""
+        if exchange.trace is not None:
+            known = replace(known, request=tracing.passed_on(known.request, exchange.trace))
         if not known.route.is_read:
             return self._write(known, exchange, watch)
         turn = self._turn(known)
@@ -389,8 +393,10 @@ class Pipeline:
         exchange.stored, exchange.ttl, exchange.age = fetched.stored, fetched.ttl, fetched.age
         exchange.attempts, exchange.refusals = fetched.attempts, fetched.refusals
         exchange.queued, exchange.upstream = fetched.queued, fetched.upstream
+        exchange.steps = fetched.steps
         if collapsed:
             exchange.attempts = exchange.refusals = 0
+            exchange.steps = ()
             if fetched.cache is CacheStatus.MISS:
                 exchange.cache = CacheStatus.COLLAPSED
         if isinstance(fetched.outcome, Refusal):
@@ -515,6 +521,7 @@ class Pipeline:
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
+            fetched.steps += (Step(began, None, clock.now()),)
             return refusal, False
         finally:
             fetched.queued += clock.now() - began
@@ -549,11 +556,13 @@ class Pipeline:
         held = False
         key = None
         outcome: Response | UpstreamError | None = None
+        status = 0
         try:
             if known.question is not None:
                 # As the epochs are now: what is read from here on is later than every write that has ended.
                 key = await self._key(known)
             response = await self.upstream.send(journey.request, known.route.upstream, sent)
+            status = response.status
             if response.status == 429 or response.status in retrying.PASSING:
                 response = _cut_short(response)
             response = cleaned(response, known.route, known.settings.team_keys)
@@ -567,7 +576,9 @@ class Pipeline:
             outcome = error
             return error, False
         finally:
-            fetched.upstream += clock.now() - granted
+            ended = clock.now()
+            fetched.upstream += ended - granted
+            fetched.steps += (Step(began, granted, ended, status),)
             if not held:
                 ticket.close()
             if outcome is None:

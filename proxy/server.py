@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import re
 import socket
 import struct
 import termios
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -29,7 +30,7 @@ from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy import exposure
 from .policy.errors import Refusal, UpstreamError
-from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, end_to_end
+from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Trace, end_to_end
 from .settings import ServerRules
 from .slowing import Slowing
 
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 
 _LAST = frozenset({"bad_request", "body_too_large", "request_timeout", "overloaded"})
 """Refusals after which it is not certain where the next request begins, or not worth it to read that far."""
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+"""A request id that is kept: visible ASCII, so that it forges no header and no log line."""
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
 Observer = Callable[[Exchange], None]
@@ -61,8 +64,15 @@ class Server(web.Server):
     """aiohttp's low-level server with our own error answers. Owns the clients' connections."""
 
     def __init__(
-        self, clock: Clock, rules: ServerRules, pipeline: Pipeline, admin: Admin, observers: Iterable[Observer] = ()
+        self,
+        clock: Clock,
+        rules: ServerRules,
+        pipeline: Pipeline,
+        admin: Admin,
+        request_ids: Iterator[str],
+        observers: Iterable[Observer] = (),
     ) -> None:
+        """`request_ids`: one for each request that brings none."""
         super().__init__(
             self._handle,
             handler_cancellation=True,  # a client that leaves gives up its place
@@ -76,7 +86,11 @@ class Server(web.Server):
         self._clock = clock
         self._pipeline = pipeline
         self._admin = admin
-        self._observers = tuple(observers)
+        self._request_ids = request_ids
+        self._ended: list[Exchange] = []
+        self.begin_trace: Callable[[str | None], Trace] | None = None
+        """Makes the place in a trace of a request with such a `traceparent`; None: nobody traces."""
+        self.observers = tuple(observers)
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
         self.bodies = Bodies()
@@ -115,7 +129,11 @@ class Server(web.Server):
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = self._clock.now()
-        exchange = Exchange(method=request.method)
+        given = request.headers.get("X-Request-ID")
+        kept = given is not None and _SANE_ID.fullmatch(given)
+        exchange = Exchange(given if kept and given else next(self._request_ids), began, request.method)
+        if self.begin_trace is not None:
+            exchange.trace = self.begin_trace(request.headers.get("traceparent"))
         try:
             return await self._answer(request, exchange, began)
         except asyncio.CancelledError:
@@ -125,7 +143,15 @@ class Server(web.Server):
             if self.bodies.size:
                 self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
-            for observe in self._observers:
+            if not self._ended:
+                self._loop.call_soon(self.tell)
+            self._ended.append(exchange)
+
+    def tell(self) -> None:
+        """Tell the observers of what has ended, all of one turn of the loop together: that costs half as much."""
+        ended, self._ended = self._ended, []
+        for observe in self.observers:
+            for exchange in ended:
                 observe(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
@@ -136,9 +162,13 @@ class Server(web.Server):
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
                 self._check_admin(request, target)
+                self.tell()
                 response = self._admin(request.method, target)
                 exchange.status = response.status
-                return _Reply(response, request, b"")
+                extra = _ID % exchange.request_id.encode()
+                if response.rest is not None:
+                    return await _stream(response, request, extra, exchange, last=last)
+                return _Reply(response, request, extra)
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
             response = found if found is not None else await self._patiently(request, known, exchange)
@@ -156,7 +186,7 @@ class Server(web.Server):
             raise
         except Exception:
             # Never a traceback to a client, and never one that holds a request's values in a log.
-            log.exception("a request met a fault of the proxy's own")
+            log.exception("a request met a fault of the proxy's own (id=%s)", exchange.request_id)
             exchange.code = _FAULT.code
             response = _refused(_FAULT)
         exchange.status = response.status
@@ -653,18 +683,20 @@ def _refused(refusal: Refusal) -> Response:
     return Response(refusal.status, tuple(headers), refusal.body())
 
 
+_ID = b"X-Request-ID: %b\r\n"
 _HIT = (
-    b"Age: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
+    b"X-Request-ID: %b\r\nAge: %d\r\nCache-Status: vast-proxy; hit; ttl=%.0f\r\n"
     b'Server-Timing: queue;dur=0.0, upstream;dur=0.0, total;dur=%.1f, attempts;desc="0"\r\n'
 )
 _TIMING = b'Server-Timing: queue;dur=%.1f, upstream;dur=%.1f, total;dur=%.1f, attempts;desc="%d"\r\n'
 
 
 def _told(exchange: Exchange, total: float) -> bytes:
-    """What became of the request, as header lines: Cache-Status (RFC 9211), Age, Server-Timing."""
+    """What became of the request, as header lines: X-Request-ID, Cache-Status (RFC 9211), Age, Server-Timing."""
+    name = exchange.request_id.encode()
     match exchange.cache:
         case CacheStatus.HIT:  # the most frequent one, made in one go
-            return _HIT % (max(0.0, exchange.age or 0), exchange.ttl or 0, total * 1000)
+            return _HIT % (name, max(0.0, exchange.age or 0), exchange.ttl or 0, total * 1000)
         case CacheStatus.STALE if exchange.attempts == 0:
             status = f"hit; ttl={exchange.ttl or 0:.0f}; detail=stale"
         case CacheStatus.STALE:
@@ -681,7 +713,8 @@ def _told(exchange: Exchange, total: float) -> bytes:
             status = "fwd=bypass" if exchange.effect in ("read", "search") else "fwd=method"
     age = b"Age: %d\r\n" % max(0.0, exchange.age) if exchange.age is not None else b""
     times = (exchange.queued * 1000, exchange.upstream * 1000, total * 1000, exchange.attempts)
-    return b"%bCache-Status: vast-proxy; %b\r\n%b" % (age, status.encode("latin-1"), _TIMING % times)
+    told = (name, age, status.encode("latin-1"), _TIMING % times)
+    return b"X-Request-ID: %b\r\n%bCache-Status: vast-proxy; %b\r\n%b" % told
 
 
 def _head(response: Response, request: web.BaseRequest, extra: bytes, framing: bytes, *, keep_alive: bool) -> bytes:

@@ -50,6 +50,8 @@ PREFIX = "VAST_PROXY_"
 """Of every environment variable that is ours: `VAST_PROXY_LIMITS__SCALE` is `limits.scale`."""
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 """Names the settings file when the command line does not."""
+NO_SETTINGS = frozenset({CONFIG_VARIABLE, PREFIX + "URL", PREFIX + "ADMIN_TOKEN"})
+"""Variables that are ours and no settings: the last two are for `vast-proxy status`."""
 FLAGS = {"listen": "--listen", "upstreams.api": "--upstream", "log.level": "--log-level"}
 """The settings that the command line can override, and how they are called there."""
 
@@ -74,6 +76,8 @@ Origin = Annotated[str, "origin"]
 """An http or https URL of a host and perhaps a port, nothing after them; kept without a trailing slash."""
 Domain = Annotated[str, "domain"]
 File = Annotated[Path, "file"]
+Collector = Annotated[str, "collector"]
+"""An origin, or null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,14 @@ class LogRules:
 
 
 @dataclass(frozen=True, slots=True)
+class TracingRules:
+    """Who gets traces: `tracing` in the settings."""
+
+    otlp: Collector | None = None
+    """A collector that takes OTLP over HTTP. None: the one that OpenTelemetry's own variables name, else nobody."""
+
+
+@dataclass(frozen=True, slots=True)
 class StateRules:
     """What survives a restart: `state` in the settings."""
 
@@ -165,6 +177,7 @@ class Settings:
     cache: CacheRules = field(default_factory=CacheRules)
     drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
+    tracing: TracingRules = field(default_factory=TracingRules)
     state: StateRules = field(default_factory=StateRules)
     allow_open: bool = False
     """Other machines may connect although there is no team."""
@@ -328,7 +341,7 @@ def _read_environment(layer: int, environ: Mapping[str, str]) -> Layer:
     known = {PREFIX + "__".join(str(part) for part in key).upper(): key for key in known_keys()}
     structures = {key[:-1] for key in known.values()} | {("routes",), ("families",)}
     for name, text in sorted(environ.items()):
-        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE or not text or _is_link(name, text):
+        if not name.startswith(PREFIX) or name in NO_SETTINGS or not text or _is_link(name, text):
             continue
         here = Place(layer, 0, 0, f"${name}")
         if name not in known:
@@ -722,6 +735,10 @@ UNITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "address": (_text(_listen), "HOST:PORT (examples: 127.0.0.1:8080, [::1]:8080)"),
     "origin": (_text(_origin), "an http or https URL without path, query or user (example: https://cloud.vast.ai)"),
     "domain": (_text(_domain), "a domain (example: vast.ai)"),
+    "collector": (
+        _text(_origin),
+        "an http or https URL without path, query or user, or null (example: http://127.0.0.1:4318)",
+    ),
     "file": (_text(_file), "the name of a file, or null"),
     "file name": (_text(_file_name), "the name of a file"),
     "network": (_text(_network), "an address or a block of them (examples: 10.0.0.7, 10.0.0.0/8, fd00::/8)"),

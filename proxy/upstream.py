@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from .policy.errors import UpstreamError
-from .policy.messages import Headers, Request, Response, end_to_end, header
+from .policy.messages import NOT_OF_ANSWERS, Headers, Request, Response, end_to_end, header
 from .settings import UpstreamRules
 
 HOLD = 1024 * 1024
@@ -271,7 +271,7 @@ def _absolute(url: str, location: str) -> str:
 def _response(answer: aiohttp.ClientResponse, body: bytes, rest: _Rest | None) -> Response:
     # Latin-1 keeps every byte of a field as it came; it goes out the same way.
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.raw_headers)
-    return Response(answer.status, end_to_end(headers), body, answer.reason or "", rest)
+    return Response(answer.status, end_to_end(headers, NOT_OF_ANSWERS), body, answer.reason or "", rest)
 
 
 def _translated(error: BaseException, *, sent: bool) -> UpstreamError:

@@ -116,7 +116,7 @@ async def read_all(client: socket.socket) -> tuple[int, bool]:
 def watched(gateway: Gateway) -> list[Exchange]:
     """Every exchange from now on."""
     seen: list[Exchange] = []
-    gateway.app.server._observers += (seen.append,)
+    gateway.app.server.observers += (seen.append,)
     return seen
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from proxy.__main__ import _parser
-from proxy.settings import CONFIG_VARIABLE, PREFIX, SettingsError, known_keys, load
+from proxy.settings import NO_SETTINGS, PREFIX, SettingsError, known_keys, load
 
 CHECKOUT = Path(__file__).parent.parent
 START = "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/vast-proxy serve"
@@ -96,7 +96,7 @@ def test_every_flag_of_a_script_that_a_page_mentions_exists(page: Path) -> None:
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 KEYS = {".".join(str(part) for part in key) for key in known_keys()}
-VARIABLES = {PREFIX + key.upper().replace(".", "__") for key in KEYS} | {CONFIG_VARIABLE}
+VARIABLES = {PREFIX + key.upper().replace(".", "__") for key in KEYS} | NO_SETTINGS
 
 
 @each_page
@@ -192,7 +192,7 @@ def test_every_link_inside_the_project_leads_somewhere(page: Path) -> None:
 @each_page
 def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
     for line in code(page):
-        for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|docs|proxy)/[\w./-]+\.\w+", line):
+        for name in re.findall(r"(?<![\w./-])(?:config|tests|bench|deploy|docs|proxy)/[\w./-]+\.\w+", line):
             assert (CHECKOUT / name).is_file(), f"{name_of(page)}: {name}"
 
 

@@ -16,7 +16,7 @@ from conftest import settings_for
 from proxy.app import App
 
 Serve = Callable[[web.Application], Awaitable[TestServer]]
-ADDED = {"Cache-Status", "Server-Timing", "Date"}
+ADDED = {"Cache-Status", "Server-Timing", "Date", "X-Request-ID"}
 # A read whose answer may be shared asks for gzip at most, which can be undone for a client that does not take it.
 CODING = {"Accept-Encoding": "gzip"}
 CASES: list[tuple[str, str, dict[str, str], bytes]] = [

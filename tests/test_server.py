@@ -322,7 +322,7 @@ async def test_a_body_that_never_ends_is_not_read_beyond_the_limit(start: Start)
 
 # --- An answer passes as it is ----------------------------------------------------------------------------------------
 
-_OURS = ("Cache-Status", "Server-Timing")
+_OURS = ("X-Request-ID", "Cache-Status", "Server-Timing")
 
 
 async def test_headers_of_an_answer_keep_their_order_repetition_spelling_and_bytes(start: Start, parser: str) -> None:
@@ -884,9 +884,10 @@ async def test_what_is_under_proxy_is_answered_here(start: Start) -> None:
             ("/_proxy/health/", 200),
             ("/_proxy/ready?x", 200),
             ("/_proxy/status", 200),
-            ("/_proxy", 404),
-            ("/_proxy/", 404),
-            ("/_proxy?x", 404),
+            ("/_proxy/nothing", 404),
+            ("/_proxy/page.py", 404),
+            ("/_proxy/../proxy/page/page.js", 404),
+            ("/_proxy/status/page.js", 404),
             ("/_proxy/../api/v0/x/", 404),
             ("/_proxy/health/x", 404),
         ]:

@@ -201,6 +201,7 @@ OTHER_VALUES: dict[tuple[str | int, ...], tuple[str, object]] = {
     ("limits", "margin"): ("0.5", 0.5),
     ("log", "level"): ("error", "error"),
     ("log", "format"): ("json", "json"),
+    ("tracing", "otlp"): ("http://127.0.0.1:4318/", "http://127.0.0.1:4318"),
     ("state", "file"): ("/var/s.json", Path("/var/s.json")),
     ("cache", "share_searches"): ("true", True),
 }
@@ -511,7 +512,7 @@ def test_the_flags_name_settings_that_exist() -> None:
 # --- Packaging --------------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_carries_the_shipped_settings(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_shipped_settings_and_the_page(tmp_path: Path) -> None:
     built = run(
         [executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, CHECKOUT],
         capture_output=True,
@@ -524,6 +525,8 @@ def test_the_wheel_carries_the_shipped_settings(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     for name in ("proxy.yaml", "routes.yaml"):
         assert (tmp_path / "installed/proxy/config" / name).read_bytes() == shipped(name).read_bytes()
+    for file in (CHECKOUT / "proxy" / "page").iterdir():
+        assert (tmp_path / "installed/proxy/page" / file.name).read_bytes() == file.read_bytes()
 
     told = run(
         [executable, "-m", "proxy", "check-config"],

@@ -371,6 +371,12 @@ class Bucket:
         start = max(self.tat, now) if self.pending or ahead else self.tat
         return max(now, start + spacing * (self.pending + ahead - self.capacity + 1))
 
+    def tokens(self, now: float) -> float:
+        """Calls that may be granted at once, fractions included; 0 or less: none."""
+        if not self.enforced or self.spacing <= 0.0:
+            return float(self.capacity)
+        return min(float(self.capacity), self.capacity - self.pending - (self.tat - now) / self.spacing)
+
     # Charging: a turn is granted, then either sent or given back
 
     def grant(self) -> None:
@@ -529,9 +535,8 @@ class Bucket:
         if hint.limit is not None and 1 <= hint.limit <= 1000:
             self._capacity = int(hint.limit)
         self._accepted_since = 0
-        self._learned(
-            now, f"{accepted} calls in {took:.3g} s were one too many: trying {self._interval:.3g} s", named=False
-        )
+        span = f" in {took:.3g} s" if took < math.inf else ""  # without an end: this is the first refusal
+        self._learned(now, f"{accepted} calls{span} were one too many: trying {self._interval:.3g} s", named=False)
 
     def _learn_gap(self, send: Send, hint: Hint, now: float) -> None:
         believed = max(self.interval, DEFAULT_INTERVAL / 2)

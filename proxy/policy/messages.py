@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in the order and spelling of the wire, repeated ones kept."""
@@ -26,13 +26,20 @@ HOP_BY_HOP = frozenset(
 )
 
 
-def end_to_end(headers: Headers) -> Headers:
-    """The fields that may be passed on: without hop-by-hop ones and those that Connection names (RFC 9110 7.6.1)."""
+# An answer has one, and it is the one in our log: that of the exchange, not that of a hop behind us.
+NOT_OF_ANSWERS = HOP_BY_HOP | {"x-request-id"}
+
+
+def end_to_end(headers: Headers, without: frozenset[str] = HOP_BY_HOP) -> Headers:
+    """The fields that may be passed on: without hop-by-hop ones and those that Connection names (RFC 9110 7.6.1).
+
+    `without`: NOT_OF_ANSWERS for an answer.
+    """
     named: set[str] = set()
     for name, value in headers:
         if name.lower() == "connection":
             named.update(token.strip().lower() for token in value.split(","))
-    dropped = HOP_BY_HOP | named if named else HOP_BY_HOP
+    dropped = without | named if named else without
     return tuple([item for item in headers if item[0].lower() not in dropped])
 
 
@@ -105,13 +112,45 @@ class CacheStatus(Enum):
     REFUSED = "refused"
 
 
+class Step(NamedTuple):
+    """One try at upstream; monotonic seconds."""
+
+    began: float
+    """When it began to wait for its turn."""
+    granted: float | None
+    """When the turn came; None: it was turned away."""
+    ended: float
+    """When the answer came, or what there was instead."""
+    status: int = 0
+    """Of the answer; 0: none came."""
+
+
+class Trace(NamedTuple):
+    """An exchange's place in a trace (W3C Trace Context, level 1); hexadecimal."""
+
+    trace_id: str
+    span_id: str
+    """Of the exchange: the parent of what upstream does for it."""
+    parent_id: str
+    """Of the client; empty if it began here."""
+    sampled: bool
+
+
 @dataclass(slots=True)
 class Exchange:
     """The one record of a request, filled along the path and read by every observer at its end."""
 
+    request_id: str = ""
+    """The client's X-Request-ID, or one that was made."""
+    began: float = 0.0
+    """When its head had come; monotonic seconds."""
     method: str = ""
     route: str = ""
     """The route's template; never a raw path."""
+    listed: bool = False
+    """The route stands in the table; else its template is made of words of the client's."""
+    origin: str = ""
+    """Which upstream it is for: "api" or "serverless"."""
     caller: str = ""
     """Digest of the credential, shortened."""
     effect: str = ""
@@ -134,6 +173,11 @@ class Exchange:
     upstream: float = 0.0
     """Seconds spent at upstream, all attempts together."""
     total: float = 0.0
+    """Seconds from `began` to the end."""
     bytes_out: int = 0
     left: bool = False
     """The client went away before it was answered."""
+    steps: tuple[Step, ...] = ()
+    """Its tries, in order; empty where another's call was shared, or nothing was waited for."""
+    trace: Trace | None = None
+    """None where nobody traces."""

@@ -1,0 +1,281 @@
+// The page of /_proxy/. Takes events from /_proxy/events and writes them down; whatever came from outside goes in as
+// text, never as markup.
+"use strict";
+
+const KEPT = 100, STEPS = 360, STEP = 10;
+const SVG = "http://www.w3.org/2000/svg";
+const at = (id) => document.getElementById(id);
+
+let now = null;            // what is so
+let skew = 0;              // the proxy's clock less ours, seconds
+let step = 0;              // the number of the proxy's present step
+let stepped = 0;           // when we heard of it, milliseconds
+const hour = new Map();    // step -> [requests, saved, refusals, errors, wait]
+let exchanges = [];        // the latest first
+
+// --- In words -------------------------------------------------------------------------------------------------------
+
+function seconds(value) {
+  if (value < 0.0005) return "0 s";
+  if (value < 1) return `${Math.round(value * 1000)} ms`;
+  if (value < 10) return `${value.toFixed(1)} s`;
+  if (value < 90) return `${Math.round(value)} s`;
+  if (value < 5400) return `${Math.round(value / 60)} min`;
+  if (value < 129600) return `${Math.round(value / 3600)} h`;
+  return `${Math.round(value / 86400)} d`;
+}
+
+function exact(value) {
+  return value >= 90 ? seconds(value) : `${Number(value.toFixed(3))} s`;
+}
+
+function bytes(value) {
+  if (value < 1024) return `${value} B`;
+  if (value < 1048576) return `${(value / 1024).toFixed(1)} KiB`;
+  return `${(value / 1048576).toFixed(1)} MiB`;
+}
+
+const count = (value) => value.toLocaleString("en");
+const share = (part, all) => (all ? `${((100 * part) / all).toFixed(part && part < all ? 1 : 0)} %` : "–");
+const many = (value, one) => `${count(value)} ${value === 1 ? one : `${one}s`}`;
+
+function until(when) {
+  if (when === null) return "under way";
+  const left = when - (Date.now() / 1000 + skew);
+  return left <= 0.05 ? "now" : seconds(left < 1 ? Math.ceil(left * 10) / 10 : left);
+}
+
+const clock = (wall) => new Date(wall * 1000).toLocaleTimeString("en-GB");
+
+// --- Down on the page -----------------------------------------------------------------------------------------------
+
+function say(node, text, kind = "") {
+  if (node.textContent !== text) node.textContent = text;
+  if (node.dataset.kind !== kind) {
+    if (node.dataset.kind) node.classList.remove(node.dataset.kind);
+    if (kind) node.classList.add(kind);
+    node.dataset.kind = kind;
+  }
+}
+
+// Rows of cells, each [text, class, kind]; what is there is changed, so that a selection and the focus stay.
+function fill(id, rows) {
+  const table = at(id), body = table.tBodies[0];
+  const heads = table.tHead ? [...table.tHead.rows[0].cells].map((cell) => cell.textContent) : [];
+  while (body.rows.length > rows.length) body.deleteRow(-1);
+  rows.forEach((cells, y) => {
+    const row = body.rows[y] || body.insertRow();
+    cells.forEach(([text, style = "", kind = ""], x) => {
+      let cell = row.cells[x];
+      if (!cell) {
+        cell = row.insertCell();
+        if (style) cell.className = style;
+        if (heads[x]) cell.dataset.label = heads[x];
+      }
+      say(cell, String(text), kind);
+    });
+  });
+  table.hidden = !rows.length;
+  const none = table.nextElementSibling;
+  if (none && none.classList.contains("none")) none.hidden = rows.length > 0;
+}
+
+const PLOTS = [
+  { name: "Requests", of: (slot) => slot[0], sum: true, told: count },
+  { name: "Calls saved", of: (slot) => slot[1], sum: true, told: count },
+  { name: "Longest wait", of: (slot) => slot[4], sum: false, told: seconds },
+  { name: "429s absorbed", of: (slot) => slot[2], sum: true, told: count, warn: true },
+];
+
+function make(tag, parent, text = "") {
+  const node = document.createElement(tag);
+  node.textContent = text;
+  parent.append(node);
+  return node;
+}
+
+for (const plot of PLOTS) {
+  const figure = make("figure", at("plots"));
+  const caption = make("figcaption", figure);
+  make("b", caption, plot.name);
+  plot.total = make("span", caption);
+  plot.svg = document.createElementNS(SVG, "svg");
+  plot.svg.setAttribute("viewBox", `0 0 ${STEPS} 60`);
+  plot.svg.setAttribute("preserveAspectRatio", "none");
+  plot.svg.setAttribute("role", "img");
+  if (plot.warn) plot.svg.classList.add("warn");
+  plot.path = document.createElementNS(SVG, "path");
+  plot.svg.append(plot.path);
+  figure.append(plot.svg);
+  const axis = make("div", figure);
+  axis.className = "axis";
+  make("span", axis, "1 h ago");
+  plot.most = make("span", axis);
+  make("span", axis, "now");
+}
+
+function draw() {
+  for (const plot of PLOTS) {
+    let most = 0, all = 0;
+    const values = [];
+    for (let number = step - STEPS + 1; number <= step; number += 1) {
+      const slot = hour.get(number);
+      const value = slot ? plot.of(slot) : 0;
+      values.push(value);
+      most = Math.max(most, value);
+      all += value;
+    }
+    // Two steps wide where there is something: a lone bar of one would hardly be seen.
+    const bars = values.map((value, x) => {
+      if (!value) return "";
+      const height = Math.max(2, (value / most) * 54), wide = Math.min(2, STEPS - x);
+      return `M${x} 60V${(60 - height).toFixed(1)}h${wide}V60z`;
+    });
+    plot.path.setAttribute("d", bars.join(""));
+    const told = plot.sum ? `${plot.told(all)} in the last hour` : most ? `${plot.told(most)} at the most` : "none";
+    say(plot.total, plot.sum ? plot.told(all) : plot.told(most));
+    say(plot.most, plot.sum && most ? `peak ${plot.told(most)} in ${STEP} s` : "");
+    plot.svg.setAttribute("aria-label", `${plot.name}: ${told}`);
+  }
+}
+
+const STATUS = {
+  "2": (one) => one.status >= 200 && one.status < 300,
+  "4": (one) => one.status >= 400 && one.status < 500,
+  "5": (one) => one.status >= 500,
+  "code": (one) => one.code !== "",
+  "429": (one) => one.refusals > 0 || one.status === 429,
+  "left": (one) => one.left,
+};
+
+function chosen() {
+  const text = at("filter-text").value.trim().toLowerCase();
+  const status = STATUS[at("filter-status").value], cache = at("filter-cache").value;
+  return exchanges.filter((one) =>
+    (!text || `${one.method} ${one.route} ${one.caller} ${one.id} ${one.code}`.toLowerCase().includes(text))
+    && (!status || status(one)) && (!cache || one.cache === cache));
+}
+
+function showExchanges() {
+  const some = chosen();
+  say(at("filter-count"), exchanges.length ? `${some.length} of ${exchanges.length}` : "");
+  fill("exchanges", some.map((one) => [
+    [clock(one.at), "time"],
+    [`${one.method} ${one.route || "–"}`, "route"],
+    [one.caller || "–", "key"],
+    [one.left ? "left" : one.code ? `${one.status} ${one.code}` : one.status, "n",
+      one.status >= 500 || one.code ? "bad" : one.status >= 400 || one.left ? "warn" : ""],
+    [one.cache, "cache", one.cache === "hit" || one.cache === "collapsed" ? "good" : one.cache === "stale" ? "warn" : ""],
+    [one.queued >= 0.001 ? seconds(one.queued) : "", "n"],
+    [one.upstream >= 0.001 ? seconds(one.upstream) : "", "n"],
+    [one.attempts ? one.refusals ? `${one.attempts}, ${one.refusals} refused` : one.attempts : "", "n", one.refusals ? "warn" : ""],
+    [one.id, "id"],
+  ]));
+}
+
+function showTimed() {
+  fill("lines", now.lines.map((line) => [
+    [line.route, "route"], [line.credential, "key"], [count(line.waiting), "n"], [until(line.due_at), "n"],
+    [until(line.newcomer_at), "n"],
+  ]));
+  // An account without a limit, and without a reason to speak of it, says nothing.
+  const limits = now.limits.filter((limit) => limit.interval || limit.route !== "account" || limit.correction);
+  limits.sort((a, b) => b.waiting - a.waiting);
+  fill("limits", limits.map((limit) => [
+    [limit.route === "account" ? `the whole account${limit.upstream === "api" ? "" : ` (${limit.upstream})`}` : limit.route, "route"],
+    [limit.credential === "*" ? "all keys" : limit.credential, "key"],
+    [limit.interval ? exact(limit.interval) : "no limit", "n"],
+    [limit.interval ? count(limit.capacity) : "", "n"],
+    [limit.interval ? limit.source : "", "", limit.source === "learned" ? "warn" : ""],
+    [limit.interval ? until(limit.due_at) : "", "n"],
+    [count(limit.sends), "n"],
+    [limit.correction, "note"],
+  ]));
+  say(at("about"), `${now.version} · up ${seconds(Math.max(1, Date.now() / 1000 + skew - now.started))} · for ${now.upstreams.api}`);
+}
+
+function show() {
+  if (!now) return;
+  const { totals, cache } = now;
+  const errors = Object.values(totals.our_errors).reduce((sum, value) => sum + value, 0);
+  const longest = now.lines.reduce((most, line) => Math.max(most, line.newcomer_at || 0), 0);
+  say(at("sum-waiting"), count(now.waiting), now.waiting ? "warn" : "");
+  say(at("sum-waiting-more"), now.waiting ? `in ${many(now.lines.length, "line")}, up to ${until(longest)}` : "");
+  say(at("sum-flying"), count(now.in_flight));
+  say(at("sum-flying-more"), `${count(totals.sent_upstream)} sent so far`);
+  say(at("sum-requests"), count(totals.requests));
+  say(at("sum-requests-more"), many(now.clients.connections, "connection"));
+  say(at("sum-saved"), count(totals.calls_saved));
+  say(at("sum-saved-more"), totals.requests ? `${share(totals.calls_saved, totals.requests)} of requests` : "");
+  say(at("sum-refused"), count(totals.refused_upstream));
+  say(at("sum-refused-more"), totals.refused_upstream ? `${share(totals.refused_upstream, totals.sent_upstream)} of calls` : "");
+  say(at("sum-errors"), count(errors), errors ? "bad" : "");
+  say(at("sum-errors-more"), errors ? many(Object.keys(totals.our_errors).length, "kind") : "");
+
+  const away = Object.entries(now.away).filter(([, routes]) => routes.length)
+    .map(([name, routes]) => `${name}: ${routes.includes("*") ? "everything" : routes.join(", ")}`);
+  say(at("away"), away.length ? `Counts as away, only probes are sent. ${away.join("; ")}` : "");
+  at("away").hidden = !away.length;
+
+  at("empty").hidden = totals.requests > 0 || now.waiting > 0;
+  say(at("how"), `export VAST_URL=${location.origin}\nvastai search offers 'num_gpus=1'\n# and it appears here; no other setting is needed`);
+
+  const by = totals.cache, hits = by.hit || 0, asked = hits + (by.miss || 0) + (by.collapsed || 0) + (by.stale || 0);
+  fill("cache", [
+    ["Hits", asked ? `${count(hits)}, ${share(hits, asked)} of what may be stored` : "0"],
+    ["Shared a call", count(by.collapsed || 0)],
+    ["Served stale", count(by.stale || 0)],
+    ["Missed", count(by.miss || 0)],
+    ["Stored", `${many(cache.entries, "answer")}, ${bytes(cache.bytes)} of ${bytes(cache.max_bytes)}`],
+    ["Pushed out early", count(cache.evictions)],
+  ].map(([name, value]) => [[name], [value, "n"]]));
+  fill("errors", Object.entries(totals.our_errors).sort((a, b) => b[1] - a[1])
+    .map(([code, number]) => [[code, "key"], [count(number), "n"]]));
+  showTimed();
+}
+
+// --- Live -----------------------------------------------------------------------------------------------------------
+
+function take({ now: fresh, news }) {
+  if (now && fresh.started > now.started + 5) {  // another process: what it tells begins anew
+    exchanges = [];
+    hour.clear();
+  }
+  now = fresh;
+  skew = news.wall - Date.now() / 1000;
+  step = news.step;
+  stepped = Date.now();
+  for (const [number, ...slot] of news.slots) hour.set(number, slot);
+  for (const number of hour.keys()) if (number <= step - STEPS) hour.delete(number);
+  const latest = exchanges.length ? exchanges[0].n : 0;
+  exchanges = [...news.exchanges.filter((one) => one.n > latest).reverse(), ...exchanges].slice(0, KEPT);
+  show();
+  draw();
+  showExchanges();
+}
+
+function link(state, text) {
+  at("link").dataset.state = state;
+  say(at("link"), text);
+}
+
+const source = new EventSource("/_proxy/events");
+source.onmessage = (event) => {
+  link("live", "live");
+  take(JSON.parse(event.data));
+};
+source.onerror = () => {
+  if (source.readyState === EventSource.CLOSED) link("lost", "not allowed, or too many pages are open; reload to try again");
+  else link("lost", "no connection, trying again");
+};
+
+for (const id of ["filter-text", "filter-status", "filter-cache"]) at(id).addEventListener("input", showExchanges);
+at("filters").addEventListener("submit", (event) => event.preventDefault());
+setInterval(() => { if (now) showTimed(); }, 500);
+setInterval(() => {
+  if (!now) return;
+  const passed = Math.floor((Date.now() - stepped) / (STEP * 1000));
+  step += passed;
+  stepped += passed * STEP * 1000;
+  draw();
+}, STEP * 1000);

@@ -1,0 +1,257 @@
+"""The page at /_proxy/, and the events that keep it live: what is so, the last exchanges, and the last hour.
+
+A listener is not sent to, it asks: when it has taken what it was given, and a second has passed, it is given what is
+new since. So one that is slow gets less, nothing is kept for it, and one that takes nothing at all is reset as any
+client is (`server.send_timeout`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .clock import Clock
+from .policy.messages import CacheStatus, Exchange, Headers, Response
+
+KEPT = 100
+"""The last exchanges that are shown."""
+STEP, STEPS = 10.0, 360
+"""The last hour, in so many seconds each."""
+EVERY, QUIET = 1.0, 15.0
+"""Seconds between two events at least, and after which a comment says that the connection lives."""
+LISTENERS = 16
+SHOWN = 200
+"""Lines and limits that an event has at most."""
+
+Status = Callable[[], Mapping[str, Any]]
+"""What is so at this moment: the fields of /_proxy/status."""
+
+_FOLDER = Path(__file__).parent / "page"
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_SAVED = (CacheStatus.HIT, CacheStatus.COLLAPSED, CacheStatus.STALE)
+# Nothing from elsewhere, no script and no style but the page's own files; the icon is an empty data: URL.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Slot:
+    """What ended within one step of the last hour."""
+
+    __slots__ = ("errors", "number", "refusals", "requests", "saved", "wait")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.requests = self.saved = self.refusals = self.errors = 0
+        self.wait = 0.0
+        """The longest, in seconds."""
+
+    def shown(self) -> list[float]:
+        """In the order that the page knows."""
+        return [self.number, self.requests, self.saved, self.refusals, self.errors, round(self.wait, 2)]
+
+
+class Window:
+    """Owns the last exchanges, the last hour, and the listeners."""
+
+    def __init__(self, clock: Clock, status: Status) -> None:
+        self._clock = clock
+        self._status = status
+        self._started = round(clock.wall())
+        self._seen = 0
+        self._recent: deque[tuple[int, float, Exchange]] = deque(maxlen=KEPT)
+        self._hour: deque[Slot] = deque(maxlen=STEPS)
+        self._listeners: set[_Listener] = set()
+        self._over = asyncio.Event()
+        self._now_at = -EVERY
+        self._now_told = ""
+        self._files = {
+            path: _static(_FOLDER / name)
+            for path, name in (("", "index.html"), ("/page.css", "page.css"), ("/page.js", "page.js"))
+        }
+
+    def __repr__(self) -> str:
+        return f"<Window {self._seen} exchanges seen, {len(self._listeners)} listeners>"
+
+    def pages(self, root: str) -> dict[str, Callable[[str], Response]]:
+        """What there is to be seen, by path."""
+
+        def static(path: str) -> Callable[[str], Response]:
+            return lambda method: self._files[path]
+
+        return {root + path: static(path) for path in self._files} | {root + "/events": self.events}
+
+    def observe(self, exchange: Exchange) -> None:
+        """Remember one exchange, in the place of the oldest."""
+        if exchange.effect == "admin":
+            return
+        self._seen += 1
+        self._recent.append((self._seen, self._clock.wall(), exchange))
+        number = int((exchange.began + exchange.total) // STEP)
+        hour = self._hour
+        if hour and hour[-1].number >= number:
+            slot = hour[-1]
+        else:
+            slot = Slot(number)
+            hour.append(slot)
+        slot.requests += 1
+        if exchange.cache in _SAVED:
+            slot.saved += 1
+        if exchange.code:
+            slot.errors += 1
+        slot.refusals += exchange.refusals
+        if exchange.queued > slot.wait:
+            slot.wait = exchange.queued
+
+    def events(self, method: str) -> Response:
+        """An endless answer of Server-Sent Events; 503 if there are too many listeners."""
+        if self._over.is_set() or len(self._listeners) >= LISTENERS:
+            told = {"success": False, "error": "too_many_listeners", "msg": "too many pages are open; close one"}
+            return Response(503, _headers("application/json"), json.dumps(told).encode())
+        if method == "HEAD":
+            return Response(200, _headers("text/event-stream"))
+        listener = _Listener(self)
+        self._listeners.add(listener)
+        return Response(200, _headers("text/event-stream"), rest=listener)
+
+    def close(self) -> None:
+        """End every stream: the proxy is being stopped."""
+        self._over.set()
+
+    def gone(self, listener: _Listener) -> None:
+        """It listens no more."""
+        self._listeners.discard(listener)
+
+    async def pause(self) -> bool:
+        """Until it may be looked again. False: it is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EVERY):
+                await self._over.wait()
+        return not self._over.is_set()
+
+    @property
+    def seen(self) -> int:
+        """Exchanges since the start."""
+        return self._seen
+
+    def now(self) -> str:
+        """What is so, as JSON that stays the same while nothing happens: dates instead of waits. Once a second anew."""
+        if self._clock.now() >= self._now_at + EVERY / 2:
+            self._now_at = self._clock.now()
+            wall = self._clock.wall()
+            status = {**self._status(), "started": self._started}
+            del status["uptime"]
+            for group in ("lines", "limits"):
+                status[group] = [_dated(entry, wall) for entry in status[group]]
+            status["origins"] = {name: _untimed(origin) for name, origin in status["origins"].items()}
+            self._now_told = json.dumps(status, separators=(",", ":"))
+        return self._now_told
+
+    def news(self, seen: int, since: int) -> tuple[list[dict[str, Any]], list[list[float]]]:
+        """The exchanges after number `seen`, and the steps from number `since` on, the oldest first."""
+        fresh = [item for item in self._recent if item[0] > seen]
+        slots = [slot for slot in self._hour if slot.number >= since]
+        return [_shown(*item) for item in fresh], [slot.shown() for slot in slots]
+
+    def step(self) -> int:
+        """The number of the present step."""
+        return int(self._clock.now() // STEP)
+
+    def wall(self) -> float:
+        """Epoch seconds."""
+        return round(self._clock.wall(), 2)
+
+
+class _Listener:
+    """One page that is open: what follows the head of its endless answer."""
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        window = self._window
+        try:
+            yield b"retry: 2000\n\n"
+            told, seen, step, silent = "", 0, 0, 0.0
+            while True:
+                now = window.now()
+                if now != told or window.seen != seen:
+                    exchanges, slots = window.news(seen, step)
+                    told, seen, step, silent = now, window.seen, window.step(), 0.0
+                    yield self._event(now, exchanges, slots)
+                elif silent >= QUIET:
+                    silent = 0.0
+                    yield b": nothing new\n\n"
+                if not await window.pause():
+                    return
+                silent += EVERY
+        finally:
+            self.close()
+
+    def _event(self, now: str, exchanges: list[dict[str, Any]], slots: list[list[float]]) -> bytes:
+        more = {"wall": self._window.wall(), "step": self._window.step(), "exchanges": exchanges, "slots": slots}
+        text = json.dumps(more, separators=(",", ":"))
+        return f'data: {{"now":{now},"news":{text}}}\n\n'.encode()
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Nobody asks."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """It is not listened any more."""
+        self._window.gone(self)
+
+
+def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
+    return {
+        "n": number,
+        "at": round(wall, 2),
+        "id": exchange.request_id,
+        "method": exchange.method,
+        "route": exchange.route,
+        "caller": exchange.caller,
+        "status": exchange.status,
+        "code": exchange.code,
+        "cache": exchange.cache.value,
+        "stored": exchange.stored,
+        "queued": round(exchange.queued, 3),
+        "upstream": round(exchange.upstream, 3),
+        "total": round(exchange.total, 3),
+        "attempts": exchange.attempts,
+        "refusals": exchange.refusals,
+        "left": exchange.left,
+    }
+
+
+def _dated(entry: Mapping[str, Any], wall: float) -> dict[str, Any]:
+    """`…_in` as `…_at`, to a tenth of a second, and 0 for what is past: else an entry would differ at every look."""
+    dated = {}
+    for name, value in entry.items():
+        if name.endswith("_in"):
+            dated[name[:-3] + "_at"] = None if value is None else round(wall + value, 1) if value > 0 else 0
+        elif name != "tokens":
+            dated[name] = value
+    return dated
+
+
+def _untimed(origin: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in origin.items() if name != "tokens"}
+
+
+def _headers(kind: str) -> Headers:
+    return (
+        ("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+    )
+
+
+def _static(file: Path) -> Response:
+    more = (("Content-Security-Policy", _POLICY), ("Referrer-Policy", "no-referrer"))
+    return Response(200, (*_headers(_TYPES[file.suffix[1:]]), *more), file.read_bytes())

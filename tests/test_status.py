@@ -1,0 +1,262 @@
+"""`vast-proxy status`: the status of a running proxy in a terminal, in a pipe and as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Gateway, Start, clean_environment
+
+from proxy.settings import NO_SETTINGS
+from proxy.status import TOKEN_VARIABLE, URL_VARIABLE, StatusError, drawn, duration, fetch
+
+CHECKOUT = Path(__file__).parent.parent
+RENT = {"client_id": "me", "image": "x", "disk": 10}
+COMMAND = [sys.executable, "-m", "proxy", "status"]
+
+
+def ask(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it, its output in a pipe."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=CHECKOUT,
+        env=clean_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+async def waiting(start: Start) -> tuple[Gateway, list[asyncio.Task[Any]]]:
+    """A proxy in real time in which two wait."""
+    gateway: Gateway = await start()
+    await gateway.get("/api/v0/ssh/")
+    await gateway.get("/api/v0/ssh/")
+    renting = [asyncio.create_task(gateway.put(gateway.offer(number), RENT)) for number in range(3)]
+    await asyncio.sleep(0.3)
+    return gateway, renting
+
+
+async def end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_in_a_pipe_it_is_plain_text_with_all_that_matters(start: Start) -> None:
+    gateway, renting = await waiting(start)
+    got = await asyncio.to_thread(ask, gateway.url)
+    await end(renting)
+    assert (got.returncode, got.stderr) == (0, "")
+    assert "\x1b" not in got.stdout
+    lines = [re.split(r"  +", line.strip()) for line in got.stdout.splitlines()]
+    assert lines[0][0].startswith("vast-proxy ")
+    assert ["waiting", "2", "1 at the API"] in lines or ["waiting", "2", "0 at the API"] in lines
+    assert ["requests", "3", "2 calls sent"] in lines
+    assert next(line[2] for line in lines if line[0] == "PUT /api/v0/asks/{id}/") == "2"
+    [limit] = [line for line in lines if line[0] == "GET /api/v0/ssh/"]
+    assert limit[2:5] == ["1 s", "1", "documented"]
+
+
+async def test_json_is_what_the_proxy_says(start: Start) -> None:
+    gateway: Gateway = await start()
+    got = await asyncio.to_thread(ask, "--json", **{URL_VARIABLE: gateway.url})
+    assert got.returncode == 0
+    told, said = json.loads(got.stdout), (await gateway.get("/_proxy/status")).json
+    assert told.keys() == said.keys()
+    assert told["version"] == said["version"]
+
+
+async def test_watch_redraws_a_terminal_each_second_until_ctrl_c(start: Start) -> None:
+    gateway, renting = await waiting(start)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(  # noqa: ASYNC220 - it is read from a thread
+        [*COMMAND, gateway.url, "--watch"],
+        cwd=CHECKOUT,
+        env=clean_environment() | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    told = bytearray()
+
+    def read(until: float) -> None:
+        end = time.monotonic() + until
+        while time.monotonic() < end:
+            try:
+                told.extend(os.read(ours, 65536))
+            except OSError:
+                return
+
+    reading = asyncio.create_task(asyncio.to_thread(read, 20.0))
+    await asyncio.sleep(4)
+    process.send_signal(signal.SIGINT)
+    code = await asyncio.to_thread(process.wait, 10)
+    await reading
+    os.close(ours)
+    await end(renting)
+    assert code == 0
+    assert told.count(b"vast-proxy ") >= 3
+    assert b"PUT /api/v0/asks/{id}/" in told
+    assert b"Traceback" not in told
+
+
+async def test_watch_with_json_is_one_object_a_line(start: Start) -> None:
+    gateway: Gateway = await start()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, gateway.url, "--json", "--watch", cwd=CHECKOUT, env=clean_environment(), stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    lines = [json.loads(await process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 0
+    await process.stdout.read()
+    assert lines[1]["uptime"] > lines[0]["uptime"]
+
+
+def test_watch_in_a_pipe_says_what_it_needs() -> None:
+    with answering(200, STATUS) as (url, _):
+        got = ask(url, "--watch")
+    assert got.returncode == 1
+    assert got.stderr == "vast-proxy: --watch needs a terminal, or --json\n"
+
+
+# --- Against what is no proxy of ours ---------------------------------------------------------------------------------
+
+STATUS = {
+    "version": "1",
+    "uptime": 3,
+    "upstreams": {"api": "x\x1b[31m"},
+    "waiting": 0,
+    "in_flight": 0,
+    "away": {"api": ["*"]},
+    "cache": {"entries": 0, "bytes": 0, "max_bytes": 1},
+    "totals": {
+        "requests": 0,
+        "sent_upstream": 0,
+        "calls_saved": 0,
+        "cache": {},
+        "refused_upstream": 0,
+        "our_errors": {"[red]x[/red]": 1},
+    },
+    "lines": [],
+    "limits": [],
+}
+
+
+@contextmanager
+def answering(status: int, body: Any, **headers: str) -> Iterator[tuple[str, list[Any]]]:
+    """A server that says just this; and what it was asked with."""
+    seen: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", seen
+        server.shutdown()
+        thread.join()
+
+
+def test_where_nothing_listens_it_fails_with_one_line() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        got = ask(url)
+    assert (got.returncode, got.stdout) == (1, "")
+    assert got.stderr == f"vast-proxy: no answer from {url}: Connection refused\n"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://x", "http://", "file:///etc/passwd"])
+def test_what_is_no_url_is_said_so(url: str) -> None:
+    with pytest.raises(StatusError, match="not a URL of a proxy"):
+        fetch(url)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"success": true}', b"\xff"])
+def test_what_is_no_proxy_is_said_so(body: bytes) -> None:
+    with answering(200, body) as (url, _), pytest.raises(StatusError, match="no vast-proxy"):
+        fetch(url)
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+def test_where_a_token_is_wanted_it_says_how_to_give_one(token: str) -> None:
+    refused = {"success": False, "error": "no", "msg": "not for you"}
+    with answering(401, refused) as (url, _), pytest.raises(StatusError, match=f"401 not for you; .*{TOKEN_VARIABLE}"):
+        fetch(url, token)
+
+
+def test_the_token_is_sent_and_only_if_there_is_one() -> None:
+    with answering(200, STATUS) as (url, seen):
+        assert ask(url, **{TOKEN_VARIABLE: "secret"}).returncode == 0
+        assert ask(url).returncode == 0
+    assert [headers["Authorization"] for headers in seen] == ["Bearer secret", None]
+
+
+def test_the_token_goes_nowhere_else() -> None:
+    with answering(200, STATUS) as (there, seen):
+        with (
+            answering(302, b"", Location=f"{there}/_proxy/status") as (url, _),
+            pytest.raises(StatusError, match="302"),
+        ):
+            fetch(url, "secret")
+        assert seen == []
+
+
+def test_what_it_is_told_is_text_and_no_markup_or_command_to_the_terminal() -> None:
+    with answering(200, STATUS) as (url, _):
+        got = ask(url)
+    assert "\x1b" not in got.stdout
+    assert "[red]x[/red] 1" in got.stdout
+    assert "api counts as away: *" in got.stdout
+
+
+def test_an_older_status_stays_and_says_that_it_is_one() -> None:
+    from rich.console import Console
+
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(drawn(STATUS, "no answer from there"))
+    assert "no answer from there; trying again" in capture.get()
+    assert "requests" in capture.get()
+
+
+def test_its_variables_are_not_taken_for_settings() -> None:
+    assert {URL_VARIABLE, TOKEN_VARIABLE} <= NO_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (12.3, "12 s"), (200, "3 min"), (7200, "2 h"), (864000, "10 d")],
+)
+def test_durations_are_said_as_one_would(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
