@@ -155,7 +155,6 @@ class Server(web.Server):
         try:
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
-                self.tell()
                 response = self._admin(request.method, target)
                 exchange.status = response.status
                 extra = _ID % exchange.request_id.encode()
