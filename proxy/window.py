@@ -176,23 +176,20 @@ class _Listener:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         window = self._window
-        try:
-            yield b"retry: 2000\n\n"
-            told, seen, step, silent = "", 0, 0, 0.0
-            while True:
-                now = window.now()
-                if now != told or window.seen != seen:
-                    exchanges, slots = window.news(seen, step)
-                    told, seen, step, silent = now, window.seen, window.step(), 0.0
-                    yield self._event(now, exchanges, slots)
-                elif silent >= QUIET:
-                    silent = 0.0
-                    yield b": nothing new\n\n"
-                if not await window.pause():
-                    return
-                silent += EVERY
-        finally:
-            self.close()
+        yield b"retry: 2000\n\n"
+        told, seen, step, silent = "", 0, 0, 0.0
+        while True:
+            now = window.now()
+            if now != told or window.seen != seen:
+                exchanges, slots = window.news(seen, step)
+                told, seen, step, silent = now, window.seen, window.step(), 0.0
+                yield self._event(now, exchanges, slots)
+            elif silent >= QUIET:
+                silent = 0.0
+                yield b": nothing new\n\n"
+            if not await window.pause():
+                return
+            silent += EVERY
 
     def _event(self, now: str, exchanges: list[dict[str, Any]], slots: list[list[float]]) -> bytes:
         more = {"wall": self._window.wall(), "step": self._window.step(), "exchanges": exchanges, "slots": slots}

@@ -13,6 +13,7 @@ from conftest import Gateway, Start
 from fake_vast import Fault
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from raw import Wire, request
 
 from proxy.metrics import LIMITS_SHOWN, OTHER, UNLISTED_NAMED
 
@@ -146,6 +147,16 @@ async def test_two_proxies_in_one_process_do_not_share_numbers(start: Start) -> 
     await first.get(ME)
     assert value(await scrape(first), "requests_total") == 1
     assert value(await scrape(second), "requests_total") == 0
+
+
+async def test_what_was_asked_before_in_the_same_breath_is_counted(start: Start) -> None:
+    gateway = await start(fast=True)
+    await gateway.get(SSH)
+    async with await Wire.to(gateway) as wire:
+        await wire.send(request(SSH, "Authorization: Bearer k") + request("/_proxy/metrics"))
+        assert (await wire.answer()).status == 200
+        scraped = (await wire.answer()).body.decode()
+    assert value(text_string_to_metric_families(scraped), "requests_total") == 2
 
 
 async def test_asking_for_metrics_is_no_request(start: Start) -> None:

@@ -30,6 +30,11 @@ RENT = {"client_id": "me", "image": "x", "disk": 10}
 COMMAND = [sys.executable, "-m", "proxy", "status"]
 
 
+def heeds_ctrl_c() -> None:
+    """In the child: a test run in the background has it ignored, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ask(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it, its output in a pipe."""
     return subprocess.run(
@@ -94,6 +99,7 @@ async def test_watch_redraws_a_terminal_each_second_until_ctrl_c(start: Start) -
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=heeds_ctrl_c,  # noqa: PLW1509 - it does no more than that
     )
     os.close(theirs)
     told = bytearray()
@@ -122,7 +128,14 @@ async def test_watch_redraws_a_terminal_each_second_until_ctrl_c(start: Start) -
 async def test_watch_with_json_is_one_object_a_line(start: Start) -> None:
     gateway: Gateway = await start()
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, gateway.url, "--json", "--watch", cwd=CHECKOUT, env=clean_environment(), stdout=subprocess.PIPE
+        *COMMAND,
+        gateway.url,
+        "--json",
+        "--watch",
+        cwd=CHECKOUT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        preexec_fn=heeds_ctrl_c,
     )
     assert process.stdout is not None
     lines = [json.loads(await process.stdout.readline()) for _ in range(2)]
