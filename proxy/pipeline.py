@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from cachetools import TTLCache
 
-from .admission import Admission, Turn
+from .admission import Admission, Ticket, Turn
 from .cleaning import cleaned
 from .clock import Clock
 from .coalescer import Coalescer, Flight
 from .ledger import Entry, Ledger
 from .policy import caching, guarding, members, queueing, retrying, tracing
-from .policy.breaking import Breaker, Call
+from .policy.breaking import LOOK_AGAIN, Breaker, Call, Pass
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import Caller
@@ -32,8 +32,6 @@ PLACES, PLACES_OF_ONE, PLACE_KEPT_FOR = 10_000, 1000, 60.0
 
 POLLED_WITHIN = 30.0
 """Seconds within which a read that comes again, the same to the byte, is a poll."""
-STANDS_STILL_FOR = 1.0
-"""Seconds between two looks of the head of a line at an upstream that is away."""
 LARGEST_SEEN = 8 * 1024
 """Bytes of a stored answer that may be kept with the request it answers."""
 
@@ -131,6 +129,10 @@ class _Journey:
     """As it is sent."""
     turn: Turn
     began: float
+    queued: bool = False
+    """It has waited in line."""
+    kept_off: float = 0.0
+    """Seconds that it has waited for an upstream that is away."""
     entry: Entry | None = None
     """Of a write: where it is remembered."""
     spend: Spend | None = None
@@ -291,7 +293,7 @@ class Pipeline:
                 fetched, adopted = await self.flights.join(
                     entry.name,
                     lambda flight: self._spending(
-                        _Journey(known, request, self._turn(known), self.clock.now(), entry), flight
+                        _Journey(known, request, self._turn(known), self.clock.now(), entry=entry), flight
                     ),
                     watch,
                 )
@@ -413,46 +415,15 @@ class Pipeline:
     async def _fetch(self, journey: _Journey, flight: Flight[Fetched]) -> Fetched:
         """Wait, send, and again as far as it is harmless; then store, and begin the epochs that a write ends."""
         fetched = Fetched(_NOBODY)
-        known = journey.known
+        known, entry = journey.known, journey.entry
         if journey.stale_allowed:
             journey.fallback = await self._stale(known)
             fetched.was_stale = journey.fallback is not None
         concluded = False
-        kept_off = 0.0
         try:
             while True:
                 outcome, too_often = await self._attempt(journey, flight, fetched)
-                if too_often:
-                    fetched.refusals += 1
-                    if journey.entry is not None:
-                        self.ledger.undone(journey.entry)
-                    fetched.outcome = _too_often(known.route)
-                    again, pause = fetched.refusals < MAX_429, 0.0
-                elif isinstance(outcome, Refusal):
-                    fetched.outcome, again, pause = outcome, False, 0.0
-                    if outcome.code == "upstream_unreachable":
-                        # Not asked, since others have asked in vain. Worth a wait if it is soon asked again.
-                        pause = outcome.retry_after or 0.0
-                        kept_off += pause
-                        again = kept_off <= known.settings.retry.backoff_max and journey.fallback is None
-                        again = again and self._worth_waiting(journey, pause)
-                    elif journey.fallback is not None and outcome.code == "wait_too_long":
-                        # It was not to wait longer than for a stale answer: if a write has voided that, it is.
-                        journey.fallback = await self._stale(known)
-                        again = journey.fallback is None and self.clock.now() < journey.turn.deadline
-                else:
-                    failures = fetched.attempts - fetched.refusals
-                    dates = self._dates(journey.entry) if journey.entry is not None else retrying.NO_DATES
-                    fetched.outcome = retrying.verdict(known.route, outcome, failures, dates)
-                    again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)
-                    again = again and failures < known.settings.retry.max_attempts
-                    pause = retrying.backoff(known.settings.retry, failures, self.chance()) if again else 0.0
-                    again = again and self._worth_waiting(journey, pause)
-                    again = again and self.breakers[known.route.upstream].may_retry(self.clock.now())
-                    if not isinstance(outcome, UpstreamError) or outcome.sent:
-                        # Done, or it may have been: of an earlier try nobody learns any more.
-                        journey.in_doubt |= again
-                        journey.acted = True
+                again, pause = await self._judged(journey, fetched, outcome, too_often=too_often)
                 if not again or not flight.members:
                     break
                 # From here it waits again: who leaves now gives it up, and who is out of patience may be told so.
@@ -462,14 +433,14 @@ class Pipeline:
                     await self.clock.sleep(pause)
             if journey.acted and not known.route.is_read:
                 await self._end_epochs(journey, fetched.outcome)
-            if journey.entry is not None:
-                self._conclude(journey.entry, journey.acted, fetched.outcome)
+            if entry is not None:
+                self._conclude(entry, journey.acted, fetched.outcome)
             concluded = True
         except Exception:
-            if journey.entry is not None and flight.keep:
+            if entry is not None and entry.ended is None and flight.keep:
                 # A fault of ours, after it was sent: nobody will know what came of it.
                 why = "vast-proxy met a fault of its own"
-                self.ledger.ended(journey.entry, retrying.unknown(known.route, why, self._dates(journey.entry)))
+                self.ledger.ended(entry, retrying.unknown(known.route, why, self._dates(entry)))
             raise
         finally:
             if not concluded:
@@ -478,9 +449,54 @@ class Pipeline:
                 if (journey.acted or flight.keep) and not known.route.is_read:
                     # Cut off between two tries of a write, or by a fault of ours: one of them may have been done.
                     await self._end_epochs(journey, _NOBODY)
-                if journey.entry is not None and not flight.keep:
-                    self.ledger.undone(journey.entry)
+                if entry is not None and not flight.keep:
+                    self.ledger.undone(entry)
         return await self._settle(journey, fetched) if known.lifetime is not None else fetched
+
+    async def _judged(
+        self, journey: _Journey, fetched: Fetched, outcome: Response | UpstreamError | Refusal, *, too_often: bool
+    ) -> tuple[bool, float]:
+        """Note what an attempt brought. Is there to be another, and after how many seconds?"""
+        known, entry, rules = journey.known, journey.entry, journey.known.settings.retry
+        if too_often:
+            fetched.refusals += 1
+            if entry is not None:
+                self.ledger.undone(entry)
+            fetched.outcome = _too_often(known.route)
+            return fetched.refusals < MAX_429, 0.0
+        if isinstance(outcome, Refusal):
+            fetched.outcome = outcome
+            if outcome.code == "upstream_unreachable":
+                return self._kept_off(journey, outcome.retry_after or 0.0)
+            if journey.fallback is not None and outcome.code == "wait_too_long":
+                # It was not to wait longer than for a stale answer: if a write has voided that, it is.
+                journey.fallback = await self._stale(known)
+                return journey.fallback is None and self.clock.now() < journey.turn.deadline, 0.0
+            return False, 0.0
+        failures = fetched.attempts - fetched.refusals
+        dates = self._dates(entry) if entry is not None else retrying.NO_DATES
+        fetched.outcome = retrying.verdict(known.route, outcome, failures, dates)
+        again = retrying.failed(outcome) and retrying.may_send_again(known.route, outcome)
+        again = again and failures < rules.max_attempts
+        pause = retrying.backoff(rules, failures, self.chance()) if again else 0.0
+        again = again and self._worth_waiting(journey, pause)
+        again = again and self.breakers[known.route.upstream].may_retry(self.clock.now())
+        if not isinstance(outcome, UpstreamError) or outcome.sent:
+            # Done, or it may have been: of an earlier try nobody learns any more.
+            journey.in_doubt |= again
+            journey.acted = True
+        return again, pause
+
+    def _kept_off(self, journey: _Journey, wait: float) -> tuple[bool, float]:
+        """Not asked, since others have asked in vain. Is it worth a wait until it is asked again?
+
+        Who has been in line goes on waiting as long as it would have there, beside it, so that nothing stands behind
+        it: what is for other endpoints goes on. Who comes now waits for a short absence only.
+        """
+        pause = min(wait, LOOK_AGAIN) if journey.queued else wait
+        journey.kept_off += pause
+        patient = journey.queued or journey.kept_off <= journey.known.settings.retry.backoff_max
+        return patient and journey.fallback is None and self._worth_waiting(journey, pause), pause
 
     def _conclude(self, entry: Entry, acted: bool, outcome: Response | Refusal) -> None:
         """Remember what came of a write, if doing it again would not be the same."""
@@ -505,6 +521,19 @@ class Pipeline:
         self, journey: _Journey, flight: Flight[Fetched], fetched: Fetched
     ) -> tuple[Response | UpstreamError | Refusal, bool]:
         """Wait for the turn and send once. True with a 429 that another turn solves."""
+        began = self.clock.now()
+        try:
+            granted = await self._granted(journey)
+        finally:
+            fetched.queued += self.clock.now() - began
+        if isinstance(granted, Refusal):
+            if self.clock.now() > began:
+                fetched.steps += (Step(began, None, self.clock.now()),)
+            return granted, False
+        return await self._send(journey, flight, fetched, *granted, began)
+
+    async def _granted(self, journey: _Journey) -> tuple[Ticket, Pass] | Refusal:
+        """Its turn, and leave to ask an upstream that may be away."""
         clock, known = self.clock, journey.known
         deadline = journey.turn.deadline
         if journey.fallback is not None and (
@@ -512,36 +541,27 @@ class Pipeline:
         ):
             # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
-        breaker = self.breakers[known.route.upstream]
-        call = Call(known.route.name, known.caller.credential, careful=not known.route.may_be_replayed)
-        began, queued = clock.now(), fetched.queued
+        breaker, began = self.breakers[known.route.upstream], clock.now()
+        call = Call(known.route.name, known.caller.who, careful=not known.route.may_be_replayed)
         away = breaker.check(call, began)
         if away is not None:
-            return away, False
+            return self.admission.over or away
         try:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
-            fetched.steps += (Step(began, None, clock.now()),)
-            return refusal, False
-        finally:
-            fetched.queued += clock.now() - began
-        waited = clock.now() > began
-        try:
-            leave = breaker.enter(call, clock.now())
-            while isinstance(leave, Refusal) and waited and not self.admission.over:
-                # It has been in line, so it goes on waiting: the line stands still behind it until upstream is back.
-                pause = min(leave.retry_after or 1.0, STANDS_STILL_FOR)
-                if clock.now() + pause > deadline:
-                    break
-                await clock.sleep(pause)
-                leave = breaker.enter(call, clock.now())
-        except BaseException:
-            ticket.close()
-            raise
-        fetched.queued = queued + clock.now() - began
+            return refusal
+        journey.queued |= clock.now() > began
+        leave = breaker.enter(call, clock.now())
         if isinstance(leave, Refusal):
             ticket.close()
-            return self.admission.over or leave, False
+            return leave
+        return ticket, leave
+
+    async def _send(
+        self, journey: _Journey, flight: Flight[Fetched], fetched: Fetched, ticket: Ticket, leave: Pass, began: float
+    ) -> tuple[Response | UpstreamError, bool]:
+        """Send once, in the turn that came, and tell everybody concerned what came of it."""
+        clock, known = self.clock, journey.known
 
         def sent() -> None:
             ticket.sent()
@@ -581,10 +601,11 @@ class Pipeline:
             fetched.steps += (Step(began, granted, ended, status),)
             if not held:
                 ticket.close()
+            breaker = self.breakers[known.route.upstream]
             if outcome is None:
-                breaker.given_back(leave, clock.now())
+                breaker.given_back(leave, ended)
             else:
-                breaker.answered(leave, outcome, retrying.failed(outcome), clock.now())
+                breaker.answered(leave, outcome, retrying.failed(outcome), ended)
         fetched.attempts += 1
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)

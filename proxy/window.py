@@ -173,6 +173,7 @@ class _Listener:
 
     def __init__(self, window: Window) -> None:
         self._window = window
+        self._closed: list[Callable[[], None]] = []
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         window = self._window
@@ -197,12 +198,14 @@ class _Listener:
         return f'data: {{"now":{now},"news":{text}}}\n\n'.encode()
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Nobody asks."""
-        raise NotImplementedError
+        """Called once it is listened to no more."""
+        self._closed.append(callback)
 
     def close(self) -> None:
-        """It is not listened any more."""
+        """It is listened to no more. Further calls change nothing."""
         self._window.gone(self)
+        while self._closed:
+            self._closed.pop()()
 
 
 def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:

@@ -15,6 +15,7 @@ BUDGET, REFILL, EARNED = 10.0, 0.2, 0.2
 PROBE_FOR = 5.0
 """Seconds after which a probe without an answer is no longer waited for before the next."""
 LOOK_AGAIN = 1.0
+"""Seconds between two looks of somebody who waits for an upstream that is away."""
 MOST_ROUTES, MOST_CALLERS = 1000, 10_000
 
 
@@ -157,10 +158,8 @@ class Breaker:
         what = f"{outcome}" if isinstance(outcome, UpstreamError) else f"answered {outcome.status}"
         unreachable = isinstance(outcome, UpstreamError) and not outcome.sent
         own = self._routes.setdefault(passed.call.route, _Health())
-        if own.opened and not unreachable:
-            # That this route is away is known, and says nothing of the others.
-            self._origin.implicate(passed.call)
-            self._origin.probed = self._origin.probed and self._origin not in passed.probes
+        if own.opened and not unreachable and self._origin not in passed.probes:
+            self._origin.implicate(passed.call)  # that this route is away is known, and says nothing of the others
         else:
             self._note(self._origin, passed, what, unreachable, now)
         self._note(own, passed, what, unreachable, now)
