@@ -695,7 +695,10 @@ def _same(known: Understood) -> str:
     """Equal for a request and its repetition by the same caller."""
     if known.question is not None:
         return known.question
-    return guarding.fingerprint(known.request, known.caller, _origin(known.settings, known.route))
+    request = known.request
+    if not request.body:  # nothing to be hashed for
+        return f"{known.caller.author} {request.method} {known.route.upstream} {request.target}"
+    return guarding.fingerprint(request, known.caller, _origin(known.settings, known.route))
 
 
 def _origin(settings: Settings, route: Route) -> str:

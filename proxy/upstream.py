@@ -57,7 +57,7 @@ class _Outgoing(aiohttp.ClientRequest):
         attempt = _current.get()
         attempt.sent = True
         attempt.tell()
-        if conn.protocol is not None:
+        if conn.protocol is not None and self._body is not None:
             # aiohttp begins to count when the body is out: one that nobody reads would be waited for without end.
             conn.protocol.start_timeout()
         return await super().send(conn)

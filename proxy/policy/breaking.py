@@ -123,6 +123,8 @@ class Breaker:
 
     def check(self, call: Call, now: float) -> Refusal | None:
         """Why this call may not be sent now; None if it may."""
+        if not self._routes and not self._origin.failures:
+            return None  # as nearly always
         worst = max(self._healths(call.route), key=lambda health: health.wait(call, now, self.rules))
         wait = worst.wait(call, now, self.rules)
         if wait <= 0:
@@ -136,6 +138,8 @@ class Breaker:
         refusal = self.check(call, now)
         if refusal is not None:
             return refusal
+        if not self._routes and not self._origin.failures:
+            return Pass(call, ())
         probes = tuple(health for health in self._healths(call.route) if health.opened)
         for health in probes:
             health.until, health.probed = max(health.until, now + PROBE_FOR), True
@@ -146,6 +150,8 @@ class Breaker:
         self._fill(now)
         if not failed:
             self._budget = min(BUDGET, self._budget + EARNED)
+            if not self._routes and not self._origin.failures:
+                return
             if self._origin.opened:
                 for health in self._routes.values():
                     health.until = min(health.until, now)  # they may be well again too
