@@ -527,7 +527,7 @@ class Pipeline:
         finally:
             fetched.queued += self.clock.now() - began
         if isinstance(granted, Refusal):
-            if self.clock.now() > began:
+            if granted.code != "upstream_unreachable":  # of those there may be one a second
                 fetched.steps += (Step(began, None, self.clock.now()),)
             return granted, False
         return await self._send(journey, flight, fetched, *granted, began)
