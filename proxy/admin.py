@@ -12,26 +12,37 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from .policy.identity import Caller
 from .policy.messages import CacheStatus, Exchange, Response
 
 Status = Callable[[], Mapping[str, Any]]
 Page = Callable[[str], Response]
 """Answers GET and HEAD, which it is told, of one path."""
+OwnPage = Callable[[Caller, str], Response]
+"""Answers a caller about its own work; it is told the query, too. May raise Refusal."""
 
 
 class Admin:
     """Answers /_proxy/. Owns nothing but what it was told; `status` hands in the rest."""
 
-    def __init__(self, status: Status, ready: Callable[[], bool], pages: Mapping[str, Page] | None = None) -> None:
-        """`pages`: further ones, by path, without a slash at its end."""
+    def __init__(
+        self,
+        status: Status,
+        ready: Callable[[], bool],
+        pages: Mapping[str, Page] | None = None,
+        own: Mapping[str, OwnPage] | None = None,
+    ) -> None:
+        """`pages`, `own`: further ones, by path, without a slash at its end."""
         self._status = status
         self._ready = ready
         self._pages = pages or {}
+        self._own = own or {}
         self.counted = Totals()
 
-    def __call__(self, method: str, target: str) -> Response:
-        """An answer to a request under /_proxy."""
-        path = target.partition("?")[0].rstrip("/")
+    def __call__(self, method: str, target: str, caller: Caller | None = None) -> Response:
+        """An answer to a request under /_proxy. `caller`: who asks, where that was to be proved. May raise Refusal."""
+        path, _, query = target.partition("?")
+        path = path.rstrip("/")
         if method not in ("GET", "HEAD"):
             return _json(405, {"success": False, "error": "method_not_allowed", "msg": "/_proxy/ is read only"})
         match path:
@@ -43,10 +54,13 @@ class Admin:
                 return _json(503, {"success": False, "error": "not_ready", "msg": "starting, or shutting down"})
             case "/_proxy/status":
                 return _json(200, {"success": True, **self._status(), "totals": self.counted.shown()})
+        own = self._own.get(path)
+        if own is not None and caller is not None:
+            return own(caller, query)
         page = self._pages.get(path)
         if page is not None:
             return page(method)
-        msg = "nothing here; there are /_proxy/, and in it health, ready, status and metrics"
+        msg = "nothing here; there are /_proxy/, and in it health, ready, status, metrics, waiting and plan"
         return _json(404, {"success": False, "error": "not_found", "msg": msg})
 
 

@@ -19,7 +19,7 @@ from aiolimiter import AsyncLimiter
 
 from .clock import Clock
 from .policy.errors import Refusal
-from .policy.identity import Caller
+from .policy.identity import Caller, shown
 from .policy.limiting import (
     DEFAULT_INTERVAL,
     EPSILON,
@@ -46,6 +46,8 @@ MOST_BUCKETS, MOST_KNOWN = 20_000, 10_000
 KEPT_FOR = 7 * 24 * 3600.0
 """Seconds for which a credential that does not come back is remembered over restarts."""
 SWEEP_EVERY = 60.0
+CALLERS_SHOWN = 5
+"""Of those who wait in a line, by how many of their requests do."""
 
 
 class Turn(Place):
@@ -419,6 +421,21 @@ class Admission:
                 timer.cancel()
             waiting.waiter = None
 
+    def plan(self, route: Route, caller: Caller, calls: int) -> dict[str, Any]:
+        """In how many seconds the first and the last of so many calls would go, if they came now: an estimate."""
+        now = self.clock.now()
+        origin, queue = self.origins[route.upstream], self._queue(route, caller.credential)
+        turn = Turn(0, math.inf, who=caller.who, weight=caller.weight)
+        first, last = (self._expected(origin, queue, now, turn, more) - now for more in (0, calls - 1))
+        slowest = max(queue.buckets, key=lambda bucket: bucket.spacing if bucket.enforced else 0.0)
+        return {
+            "first_in": round(max(0.0, first), 3),
+            "last_in": round(max(0.0, last), 3),
+            "interval": round(slowest.interval, 4),
+            "capacity": slowest.capacity,
+            "source": slowest.source,
+        }
+
     def expected(self, route: Route, credential: str) -> float:
         """Seconds that a request arriving now would wait for its turn: an estimate."""
         now = self.clock.now()
@@ -614,10 +631,13 @@ class Admission:
         self._ready(origin, queue)
         self._dispatch(origin)
 
-    def _expected(self, origin: Origin, queue: _Queue, now: float, turn: Turn) -> float:
-        """When a turn taken now would come, by who is before it; one who comes back has nobody before."""
+    def _expected(self, origin: Origin, queue: _Queue, now: float, turn: Turn, more: int = 0) -> float:
+        """When a turn taken now would come, by who is before it; one who comes back has nobody before.
+
+        `more`: so many of its like come before it.
+        """
         returning = turn.returning
-        ahead = 0 if returning else queue.ahead_of(turn.who, turn.weight)
+        ahead = 0 if returning else queue.ahead_of(turn.who, turn.weight, more)
         when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead))
         account = queue.account.bucket
         if account.spacing > 0:
@@ -625,7 +645,7 @@ class Admission:
             rivals = 0 if returning or gate is None else len(gate.users) - 1
             when = max(when, account.eta(now, ahead + rivals))
         if origin.limiter is not None and not returning:
-            when = max(when, now + origin.limiter.delay() + origin.listed / origin.limiter.rate)
+            when = max(when, now + origin.limiter.delay() + (origin.listed + more) / origin.limiter.rate)
         return when
 
     # --- Learning -----------------------------------------------------------------------------------------------------
@@ -867,14 +887,18 @@ class Admission:
             if isinstance(state, dict) and isinstance(state.get("seen", 0), int | float)
         }
 
-    def limits_known(self, most: int | None = None) -> Iterable[dict[str, Any]]:
+    def limits_known(self, most: int | None = None, of: str | None = None) -> Iterable[dict[str, Any]]:
         """Every bucket in use, for people: what it allows, where that is from, when it is next due.
 
-        `most`: of those of routes, and of those of accounts, only so many, the last used.
+        `most`: of those of routes, and of those of accounts, only so many, the last used. `of`: only those that calls
+        with this credential meet.
         """
         now = self.clock.now()
         used = [item for item in self._buckets.items() if _in_use(item[1])]
         accounts = list(self._accounts.items())
+        if of is not None:
+            used = [item for item in used if item[0][0] in (of, EVERYBODY)]
+            accounts = [item for item in accounts if item[0][0] in (of, EVERYBODY)]
         if most is not None:
             used = nlargest(most, used, key=lambda item: item[1].last_sent)
             accounts = nlargest(most, accounts, key=lambda item: item[1].bucket.last_sent)
@@ -896,15 +920,43 @@ class Admission:
         for line in nlargest(len(lines) if most is None else most, lines, key=len):
             who, upstream, name = line.key
             origin = self.origins[upstream]
-            due = max(now + origin.delay(), *(bucket.due(now) for bucket in line.buckets))
+            due = self._due(origin, line, now)
             yield {
-                "credential": Caller(who).label,
+                "credential": shown(who),
                 "upstream": upstream,
                 "route": name,
                 "waiting": len(line),
                 "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
                 "newcomer_in": round(max(0.0, self._expected(origin, line, now, Turn(0, math.inf)) - now), 3),
+                "callers": [
+                    {"caller": shown(name), "waiting": count, "urgency": urgency}
+                    for name, urgency, count in nlargest(CALLERS_SHOWN, line.callers(), key=lambda item: item[2])
+                ],
             }
+
+    def lines_of(self, caller: Caller) -> Iterable[dict[str, Any]]:
+        """The lines in which this caller has somebody, for it alone: how many it has there, and all together."""
+        now = self.clock.now()
+        turn = Turn(0, math.inf, who=caller.who, weight=caller.weight)
+        lines = [line for line in self._waiting_lines() if line.waiting_of(caller.who)]
+        for line in sorted(lines, key=lambda line: line.key):
+            who, upstream, name = line.key
+            if who not in (caller.credential, EVERYBODY):
+                continue
+            origin = self.origins[upstream]
+            due = self._due(origin, line, now)
+            yield {
+                "upstream": upstream,
+                "route": name,
+                "waiting": line.waiting_of(caller.who),
+                "of": len(line),
+                "next_in": None if due == math.inf else round(max(0.0, due - now), 3),
+                "one_more_in": round(max(0.0, self._expected(origin, line, now, turn) - now), 3),
+            }
+
+    def _due(self, origin: Origin, line: _Queue, now: float) -> float:
+        """When the next of this line may go, as far as limits are concerned."""
+        return max(now + origin.delay(), *(bucket.due(now) for bucket in line.buckets))
 
     def ceilings(self) -> dict[str, dict[str, Any]]:
         """What is under way to each upstream, and the ceiling over all calls to it."""
@@ -933,7 +985,7 @@ def _seen(bucket: Bucket, now: float, wall: float) -> int:
 def _shown(who: str, upstream: str, template: str, bucket: Bucket, now: float) -> dict[str, Any]:
     due = bucket.due(now)
     return {
-        "credential": Caller(who).label,
+        "credential": shown(who),
         "upstream": upstream,
         "route": template,
         "interval": round(bucket.interval, 4),

@@ -25,6 +25,7 @@ from .admission import Admission
 from .clock import Clock
 from .ledger import Journal, Ledger
 from .metrics import LIMITS_SHOWN, Metrics
+from .own import Own
 from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
@@ -90,7 +91,8 @@ class App:
         self.metrics = Metrics(lambda: self._status(LIMITS_SHOWN), lambda name: name in self._listed)
         self.window = Window(self.clock, lambda: {**self._status(SHOWN), "totals": self.admin.counted.shown()})
         pages = {"/_proxy/metrics": self.metrics.answer} | self.window.pages("/_proxy")
-        self.admin = Admin(self._status, lambda: self._ready, pages)
+        own = Own(self.admission, lambda: self.settings.routes)
+        self.admin = Admin(self._status, lambda: self._ready, pages, own.pages("/_proxy"))
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
             self.clock,

@@ -18,7 +18,7 @@ from .policy import caching, guarding, members, queueing, retrying, tracing
 from .policy.breaking import LOOK_AGAIN, Breaker, Call, Pass
 from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
-from .policy.identity import Caller
+from .policy.identity import ANONYMOUS, Caller
 from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step
 from .policy.routing import Route
@@ -221,6 +221,14 @@ class Pipeline:
         return Understood(
             settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key, forbidden
         )
+
+    def caller(self, request: Request, address: str) -> Caller:
+        """Who asks for a page about its own work. Raises Refusal."""
+        _, caller = members.admit(request, self.settings.team, self.settings.team_keys, address)
+        if caller.credential == ANONYMOUS:
+            msg = "this page tells of your own requests: ask with the key that they are made with"
+            raise Refusal(401, "key_needed", msg)
+        return caller
 
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""

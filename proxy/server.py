@@ -30,6 +30,7 @@ from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy import exposure
 from .policy.errors import Refusal, UpstreamError
+from .policy.identity import Caller
 from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Trace, end_to_end
 from .settings import ServerRules
 from .slowing import Slowing
@@ -57,7 +58,7 @@ _SANE_ID = re.compile(r"[!-~]{1,128}")
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
 Observer = Callable[[Exchange], None]
-Admin = Callable[[str, str], Response]
+Admin = Callable[[str, str, Caller | None], Response]
 
 
 class Server(web.Server):
@@ -161,9 +162,9 @@ class Server(web.Server):
             self._check_origin(request)
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
-                self._check_admin(request, target)
+                caller = self._admitted(request, target)
                 self.tell()
-                response = self._admin(request.method, target)
+                response = self._admin(request.method, target, caller)
                 exchange.status = response.status
                 extra = _ID % exchange.request_id.encode()
                 if response.rest is not None:
@@ -208,12 +209,16 @@ class Server(web.Server):
         if settings.team and exposure.from_another_site(_fields(request.raw_headers)):
             raise exposure.cross_site()
 
-    def _check_admin(self, request: web.BaseRequest, target: str) -> None:
-        """Raises Refusal for who may not see this page of ours."""
-        rules = self._pipeline.settings.admin
-        hidden = exposure.hidden(target.partition("?")[0], request.remote or "", _fields(request.raw_headers), rules)
+    def _admitted(self, request: web.BaseRequest, target: str) -> Caller | None:
+        """Who asks, for a page of ours that tells callers of their own work. Raises Refusal for who may not see it."""
+        rules, fields = self._pipeline.settings.admin, _fields(request.raw_headers)
+        path = target.partition("?")[0].rstrip("/")
+        hidden = exposure.hidden(path, request.remote or "", fields, rules)
         if hidden is not None:
             raise hidden
+        if path not in exposure.OWN:
+            return None
+        return self._pipeline.caller(Request(request.method, target, end_to_end(fields), b""), self._address(request))
 
     def _address(self, request: web.BaseRequest) -> str:
         """The client's, as far as it can be believed."""

@@ -25,6 +25,8 @@ EVERY, PATIENCE = 1.0, 5.0
 """Seconds between two looks, and for an answer."""
 PLAIN_WIDTH = 160
 """Columns where there is no terminal."""
+USUAL = 3
+"""The urgency of a request that says nothing (RFC 9218 4.1)."""
 
 
 class StatusError(Exception):
@@ -131,15 +133,22 @@ def drawn(told: Mapping[str, Any], lost: str = "") -> RenderableType:
             parts.append(Text(_plain(f"{name} counts as away: {', '.join(routes)}"), style="bold red"))
     parts += [Text(), _sums(told)]
     lines: list[tuple[Any, ...]] = [
-        (line["route"], line["credential"], line["waiting"], _until(line["due_in"]), _until(line["newcomer_in"]))
+        (
+            line["route"],
+            _key(line["credential"]),
+            line["waiting"],
+            _until(line["due_in"]),
+            _until(line["newcomer_in"]),
+            _who(line),
+        )
         for line in told["lines"]
     ]
     if lines:
-        parts += [Text(), _table("Waiting", ("key", "waiting", "next in", "a newcomer waits"), lines)]
+        parts += [Text(), _table("Waiting", ("key", "waiting", "next in", "a newcomer waits", "who"), lines)]
     limits: list[tuple[Any, ...]] = [
         (
             limit["route"] if limit["route"] != "account" else "the whole account",
-            "all keys" if limit["credential"] == "*" else limit["credential"],
+            _key(limit["credential"]),
             f"{limit['interval']:g} s",
             limit["capacity"],
             limit["source"],
@@ -185,11 +194,25 @@ def _table(title: str, heads: Iterable[str], rows: Iterable[tuple[Any, ...]]) ->
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column(Text(title, style="bold not dim"), no_wrap=True)
     for at, head in enumerate(heads, 1):
-        right = head not in ("key", "from", "last correction")
+        right = head not in ("key", "from", "last correction", "who")
         table.add_column(head, justify="right" if right else "left", no_wrap=at < len(rows[0]) - 1)
     for row in rows:
         table.add_row(*(Text(_plain(str(cell))) for cell in row))
     return table
+
+
+def _key(credential: str) -> str:
+    return "all keys" if credential == "*" else credential
+
+
+def _who(line: Mapping[str, Any]) -> str:
+    """Those with the most requests in a line, and how urgent these are where it is not as usual (RFC 9218: 3)."""
+    told = [
+        f"{one['caller']} {one['waiting']}" + ("" if one["urgency"] == USUAL else f" (u={one['urgency']})")
+        for one in line["callers"]
+    ]
+    others = line["waiting"] - sum(one["waiting"] for one in line["callers"])
+    return ", ".join(told + ([f"others {others}"] if others > 0 else []))
 
 
 def _plain(text: str) -> str:

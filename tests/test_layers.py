@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "server": {"bounds", "clock", "pipeline", "policy", "settings", "slowing"},
     "slowing": {"clock", "policy"},
     "metrics": {"policy"},
+    "own": {"admission", "policy"},
     "status": set(),
     "tracing": {"clock", "policy"},
     "window": {"clock", "policy"},

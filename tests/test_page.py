@@ -13,6 +13,8 @@ from browser import Page, chromium, executable
 from conftest import Gateway, Start
 from fake_vast import Behaviour, Fault
 
+from proxy.policy.members import hashed
+
 RENT = {"client_id": "me", "image": "x", "disk": 10}
 KEY = "0123456789abcdef" * 4
 LIVE = "document.querySelector('#link')?.dataset.state === 'live'"
@@ -67,14 +69,9 @@ async def test_it_follows_what_happens(page: Page, start: Start) -> None:
     assert await page.text("#sum-requests") == "2"
     assert await page.text("#sum-saved") == "1"
     assert "50.0 %" in await page.text("#cache")
-    assert [
-        len(path) > 0 for path in await page.get("[...document.querySelectorAll('path')].map(p => p.getAttribute('d'))")
-    ] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    plots = await page.get("[...document.querySelectorAll('path')].map(p => p.getAttribute('d').length > 0)")
+    assert plots[:2] == [True, True], "requests, calls saved"
+    assert plots[3] is False, "429s absorbed"
 
 
 async def test_a_queue_is_seen_to_drain(page: Page, start: Start) -> None:
@@ -88,6 +85,7 @@ async def test_a_queue_is_seen_to_drain(page: Page, start: Start) -> None:
         if depth.isdigit() and depth != "0":
             for row in await page.get(ROWS % "lines"):
                 assert row.startswith("PUT /api/v0/asks/{id}/ ")
+                assert "127.0.0.1 " in row, "who"
         await asyncio.sleep(0.05)
     drained = [int(depth) for depth in depths[depths.index("4") :]]
     assert drained == sorted(drained, reverse=True)
@@ -97,6 +95,40 @@ async def test_a_queue_is_seen_to_drain(page: Page, start: Start) -> None:
     assert limit.startswith("PUT /api/v0/asks/{id}/ ")
     assert "documented" in limit
     assert KEY not in await page.get("document.documentElement.outerHTML")
+
+
+async def test_from_elsewhere_it_asks_for_the_token_and_keeps_it_for_the_tab(page: Page, start: Start) -> None:
+    gateway = await start(fast=True, admin={"token": hashed("vp_right")})
+    await page("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "198.51.100.7"})
+    await page.open(f"{gateway.url}/_proxy/")
+    await page.until("document.querySelector('#login')?.checkVisibility()")
+    assert await page.text("#exchanges") == ""
+    enter = "document.querySelector('#token').value = %s; document.querySelector('#login').requestSubmit()"
+    await page.get(enter % "'vp_wrong'")
+    await page.until(seen("#login-error", "not the token"))
+    assert await page.text("#link") == "waits for the token"
+    await page.get(enter % "' vp_right'")
+    await page.until(LIVE)
+    assert await page.text("#login") == ""
+    await gateway.get("/api/v0/ssh/", headers={"X-Request-ID": "one"})
+    await page.until(seen("#exchanges", "one"))
+    await page("Page.reload")
+    await page.until(LIVE)
+    await page.get("document.querySelector('#forget').click()")
+    await page.until("document.querySelector('#login')?.checkVisibility()")
+    assert await page.text("#exchanges") == ""
+    assert [told for told in page.complaints if "401" not in told and "403" not in told] == []
+    page.complaints.clear()
+
+
+async def test_it_goes_on_when_the_proxy_is_there_again(page: Page, start: Start) -> None:
+    gateway = await visit(page, start, fast=True)
+    await gateway.restart(pause=0.5)
+    await page.until("document.querySelector('#link').dataset.state === 'lost'")
+    await page.until(LIVE)
+    await gateway.get("/api/v0/ssh/", headers={"X-Request-ID": "after"})
+    await page.until(seen("#exchanges", "after"))
+    page.complaints[:] = [told for told in page.complaints if "ERR_CONNECTION_REFUSED" not in told]
 
 
 async def test_429s_corrections_and_errors_are_shown(page: Page, start: Start) -> None:

@@ -45,6 +45,13 @@ function until(when) {
   return left <= 0.05 ? "now" : seconds(left < 1 ? Math.ceil(left * 10) / 10 : left);
 }
 
+// Callers with the most requests in a line; how urgent those are, where it is not as usual (RFC 9218).
+function who(line) {
+  const told = line.callers.map((one) => `${one.caller} ${count(one.waiting)}${one.urgency === 3 ? "" : ` (u=${one.urgency})`}`);
+  const rest = line.waiting - line.callers.reduce((sum, one) => sum + one.waiting, 0);
+  return told.join(", ") + (rest > 0 ? `, others ${count(rest)}` : "");
+}
+
 const clock = (wall) => new Date(wall * 1000).toLocaleTimeString("en-GB");
 
 // --- Down on the page -----------------------------------------------------------------------------------------------
@@ -175,8 +182,8 @@ function showExchanges() {
 
 function showTimed() {
   fill("lines", now.lines.map((line) => [
-    [line.route, "route"], [line.credential, "key"], [count(line.waiting), "n"], [until(line.due_at), "n"],
-    [until(line.newcomer_at), "n"],
+    [line.route, "route"], [line.credential === "*" ? "all keys" : line.credential, "key"], [count(line.waiting), "n"],
+    [who(line), "who"], [until(line.due_at), "n"], [until(line.newcomer_at), "n"],
   ]));
   // An account without a limit, and without a reason to speak of it, says nothing.
   const limits = now.limits.filter((limit) => limit.interval || limit.route !== "account" || limit.correction);
@@ -259,15 +266,97 @@ function link(state, text) {
   say(at("link"), text);
 }
 
-const source = new EventSource("/_proxy/events");
-source.onmessage = (event) => {
-  link("live", "live");
-  take(JSON.parse(event.data));
-};
-source.onerror = () => {
-  if (source.readyState === EventSource.CLOSED) link("lost", "not allowed, or too many pages are open; reload to try again");
-  else link("lost", "no connection, trying again");
-};
+// An EventSource could not send the token, so the same stream is read by hand. The token is kept for this tab alone.
+const TOKEN = "vast-proxy token";
+const AGAIN = 2000, SILENT = 40000;  // milliseconds; the proxy says something every 15 seconds
+let following = null;                // the one loop that may follow; a new one ends it
+
+async function read(answer, heard) {
+  const reader = answer.body.getReader(), decoder = new TextDecoder();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    heard();
+    const events = (text + decoder.decode(value, { stream: true })).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: ")) continue;
+      link("live", "live");
+      take(JSON.parse(event.slice(6)));
+    }
+  }
+}
+
+function wanted(error, msg) {
+  const token = error === "admin_only" || error === "token_unknown";
+  at("login").hidden = !token;
+  document.querySelector("main").hidden = now === null;
+  at("forget").hidden = true;
+  say(at("login-error"), error === "token_unknown" ? msg : "");
+  link("lost", token ? "waits for the token" : msg);
+  if (token) at("token").focus();
+}
+
+// Until the stream ends. Milliseconds until it is to be tried again, or null: not by itself.
+async function listen(over) {
+  const token = sessionStorage.getItem(TOKEN);
+  const cut = new AbortController(), end = () => cut.abort();
+  over.addEventListener("abort", end);
+  let timer = 0;
+  const heard = () => {
+    clearTimeout(timer);
+    timer = setTimeout(end, SILENT);
+  };
+  heard();
+  try {
+    const headers = token ? { Authorization: `Bearer ${token}` } : {};
+    const answer = await fetch("/_proxy/events", { headers, signal: cut.signal, cache: "no-store" });
+    if (answer.status === 401 || answer.status === 403) {
+      const { error, msg } = await answer.json();
+      if (!over.aborted) wanted(error, msg);
+      return null;
+    }
+    at("login").hidden = true;
+    document.querySelector("main").hidden = false;
+    at("forget").hidden = !token;
+    if (!answer.ok) {
+      link("lost", "too many pages are open, or the proxy is stopping; trying again");
+      return 5 * AGAIN;
+    }
+    await read(answer, heard);
+  } catch (error) {
+    if (!(error instanceof TypeError) && error.name !== "AbortError") throw error;  // else it is not there, or was cut off
+  } finally {
+    clearTimeout(timer);
+    over.removeEventListener("abort", end);
+  }
+  if (!over.aborted) link("lost", "no connection, trying again");
+  return AGAIN;
+}
+
+async function follow() {
+  if (following) following.abort();
+  const mine = following = new AbortController();
+  while (!mine.signal.aborted) {
+    const pause = await listen(mine.signal);
+    if (pause === null) return;
+    await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+}
+
+at("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, at("token").value.trim());
+  at("token").value = "";
+  link("wait", "connecting");
+  follow();
+});
+at("forget").addEventListener("click", () => {
+  sessionStorage.removeItem(TOKEN);
+  location.reload();
+});
+follow();
 
 for (const id of ["filter-text", "filter-status", "filter-cache"]) at(id).addEventListener("input", showExchanges);
 at("filters").addEventListener("submit", (event) => event.preventDefault());

@@ -20,6 +20,10 @@ Networks = tuple[IPv4Network | IPv6Network, ...]
 
 OPEN = frozenset({"/_proxy/health", "/_proxy/ready"})
 """Pages of ours that tell nothing, and so are for everybody."""
+SHELL = frozenset({"/_proxy", "/_proxy/page.css", "/_proxy/page.js"})
+"""The page before it has been told anything: it asks for the token of `admin.token`."""
+OWN = frozenset({"/_proxy/waiting", "/_proxy/plan"})
+"""Pages that tell callers of their own work, for whoever brings a key, or in team mode a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,8 @@ def is_local(peer: str, headers: Headers) -> bool:
 
 def hidden(path: str, peer: str, headers: Headers, rules: AdminRules) -> Refusal | None:
     """Why this page of ours is not for whoever asks, or None. `path`: without the query."""
-    if path.rstrip("/") in OPEN or is_local(peer, headers):
+    path = path.rstrip("/")
+    if path in OPEN or path in OWN or is_local(peer, headers) or (path in SHELL and rules.token is not None):
         return None
     given = _bearers(headers)
     if given and rules.token is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
@@ -40,9 +41,13 @@ class Caller:
     @property
     def label(self) -> str:
         """Short enough for a log line."""
-        if self.member:
-            return self.member
-        return self.credential if self.credential == ANONYMOUS else self.credential[:8]
+        return self.member or shown(self.credential)
+
+
+def shown(who: str) -> str:
+    """A credential, or `Caller.who`, short enough for people: of a digest its first digits."""
+    credential, space, address = who.partition(" ")
+    return (credential[:8] if re.fullmatch(r"[0-9a-f]{16}", credential) else credential) + space + address
 
 
 def identify(request: Request) -> Caller:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, Literal, TypeVar
@@ -151,10 +151,17 @@ class Line(Generic[P]):
         """Requests of a caller that wait."""
         return self._waiting.get(who, (0, 0.0))[0]
 
-    def ahead_of(self, who: str, weight: float) -> int:
-        """An estimate of how many turns come before that of a request which joins now."""
+    def callers(self) -> Iterator[tuple[str, int, int]]:
+        """Who waits, how urgently, and with how many requests."""
+        for (who, urgency), flow in self._flows.items():
+            if len(flow.heap) > flow.left:
+                yield who, urgency, len(flow.heap) - flow.left
+
+    def ahead_of(self, who: str, weight: float, more: int = 0) -> int:
+        """An estimate of how many turns come before that of a request which joins now, or after `more` of its like."""
         own, known = self._waiting.get(who, (0, 0.0))
-        return own + min(self._count - own, math.ceil((own + 1) * (self._weight - known) / weight))
+        own, others = own + more, self._count - own
+        return own + min(others, math.ceil((own + 1) * (self._weight - known) / weight))
 
     def join(self, place: P) -> None:
         """Take a place; one that comes back takes its old one."""

@@ -130,7 +130,21 @@ def test_health_and_readiness_are_for_everybody(path: str) -> None:
     assert told("192.0.2.1", path=path) == ""
 
 
-@pytest.mark.parametrize("path", ["/_proxy", "/_proxy/", "/_proxy/status", "/_proxy/healthy", "/_proxy/x/../health"])
+@pytest.mark.parametrize("path", ["/_proxy/waiting", "/_proxy/plan", "/_proxy/plan/"])
+def test_what_tells_callers_of_their_own_work_is_not_judged_by_the_machine(path: str) -> None:
+    assert told("192.0.2.1", path=path) == ""
+
+
+@pytest.mark.parametrize("path", ["/_proxy", "/_proxy/", "/_proxy/page.css", "/_proxy/page.js"])
+def test_the_page_that_asks_for_the_token_is_shown_where_there_is_one(path: str) -> None:
+    assert told("192.0.2.1", path=path) == ""
+    assert told("192.0.2.1", rules=AdminRules(), path=path) == "admin_only"
+    assert told("127.0.0.1", rules=AdminRules(), path=path) == ""
+
+
+@pytest.mark.parametrize(
+    "path", ["/_proxy/status", "/_proxy/events", "/_proxy/metrics", "/_proxy/healthy", "/_proxy/x/../health"]
+)
 def test_the_other_pages_are_for_this_machine_and_the_token(path: str) -> None:
     assert told("127.0.0.1", path=path) == told("::1", path=path) == ""
     assert told("192.0.2.1", BEARER, path=path) == ""
