@@ -43,6 +43,9 @@ class Sender(Protocol):
         """Send once; `sent` is called when bytes go out. Raises UpstreamError."""
 
 
+NO_CALL = Call("", "")
+
+
 @dataclass(slots=True)
 class Fetched:
     """What a flight brought, for everybody in it."""
@@ -106,6 +109,12 @@ class Understood:
     """By which a write says itself whether it is another one."""
     forbidden: Refusal | None = None
     """Why this member of the team may not ask for it."""
+    urgency: int | None = None
+    """How urgent it is by itself; None: as its caller's other requests make it."""
+    call: Call = NO_CALL
+    """What a breaker knows it by."""
+    label: str = ""
+    """`Caller.label`, made once."""
     seen: _Seen = field(default_factory=_Seen, compare=False)
 
 
@@ -219,7 +228,21 @@ class Pipeline:
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
         forbidden = members.forbidden(caller, route, asked_for, settings.team)
         return Understood(
-            settings, request, caller, route, asked, question, epochs, lifetime, beat, patience, key, forbidden
+            settings,
+            request,
+            caller,
+            route,
+            asked,
+            question,
+            epochs,
+            lifetime,
+            beat,
+            patience,
+            key,
+            forbidden,
+            queueing.urgency(route, request),
+            Call(route.name, caller.who, careful=not route.may_be_replayed),
+            caller.label,
         )
 
     def caller(self, request: Request, address: str) -> Caller:
@@ -233,7 +256,7 @@ class Pipeline:
     async def stored(self, known: Understood, exchange: Exchange) -> Response | None:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
-        exchange.route, exchange.caller, exchange.effect = route.template, known.caller.label, route.effect
+        exchange.route, exchange.caller, exchange.effect = route.template, known.label, route.effect
         exchange.listed, exchange.origin = route.listed, route.upstream
         if known.forbidden is not None:
             raise known.forbidden.with_traceback(None)
@@ -376,18 +399,19 @@ class Pipeline:
 
     def _turn(self, known: Understood) -> Turn:
         """A new place in line, or the old one of the same request that left it unserved a moment ago."""
-        if self.clock.now() < self._places_until:
+        if self._places_until and self.clock.now() < self._places_until:
             left = self._places.get(_same(known))
             if left:
                 turn = left.popleft()
                 if turn.deadline > self.clock.now():
                     return turn
-        route, credential, who = known.route, known.caller.credential, known.caller.who
-        last, known.seen.asked = known.seen.asked, self.clock.now()
-        polled = last is not None and self.clock.now() - last < POLLED_WITHIN
-        waiting = self.admission.waiting_of(who, route, credential)
-        urgency = queueing.urgency(route, known.request, waiting, polled)
-        return self.admission.arrive(who=who, weight=known.caller.weight, urgency=urgency)
+        caller, urgency, now = known.caller, known.urgency, self.clock.now()
+        last, known.seen.asked = known.seen.asked, now
+        if urgency is None:
+            polled = last is not None and now - last < POLLED_WITHIN
+            waiting = self.admission.waiting_of(known.call.caller, known.route, caller.credential)
+            urgency = queueing.usual_or_bulk(waiting, polled)
+        return self.admission.arrive(who=known.call.caller, weight=caller.weight, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
         """Its caller's patience ended, not its wait: it goes on from there if it asks again in time."""
@@ -550,8 +574,7 @@ class Pipeline:
             # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
         breaker, began = self.breakers[known.route.upstream], clock.now()
-        call = Call(known.route.name, known.caller.who, careful=not known.route.may_be_replayed)
-        away = breaker.check(call, began)
+        away = breaker.check(known.call, began)
         if away is not None:
             return self.admission.over or away
         try:
@@ -559,7 +582,7 @@ class Pipeline:
         except Refusal as refusal:
             return refusal
         journey.queued |= clock.now() > began
-        leave = breaker.enter(call, clock.now())
+        leave = breaker.enter(known.call, clock.now())
         if isinstance(leave, Refusal):
             ticket.close()
             return leave

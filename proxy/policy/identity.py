@@ -41,7 +41,7 @@ class Caller:
     @property
     def label(self) -> str:
         """Short enough for a log line."""
-        return self.member or shown(self.credential)
+        return self.member or (self.credential if self.credential == ANONYMOUS else self.credential[:8])
 
 
 def shown(who: str) -> str:

@@ -159,7 +159,8 @@ def read_refusal(headers: Headers, body: bytes, wall: float) -> Hint:
 
 def read_rate_headers(headers: Headers, wall: float) -> RateHeaders | None:
     """X-RateLimit-* of any answer, or None unless Limit and Remaining are there and are numbers."""
-    limit = _number(header(headers, "x-ratelimit-limit"))
+    told = header(headers, "x-ratelimit-limit")
+    limit = _number(told) if told is not None else None  # as nearly always
     if limit is None or limit < 1:
         return None
     remaining = _number(header(headers, "x-ratelimit-remaining"))

@@ -266,17 +266,24 @@ _STOPPED = re.compile(rb'"state"\s*:\s*"stopped"')
 _URGENCY = re.compile(r"(?:^|,)\s*u\s*=\s*([0-7])\s*(?:$|[,;])")
 
 
-def urgency(route: Route, request: Request, waiting: int, polled: bool) -> int:
-    """How urgent a request is: what its Priority says (RFC 9218 4.1, `u=0` to `u=7`), else by what it does.
+def urgency(route: Route, request: Request) -> int | None:
+    """How urgent a request is by itself: what its Priority says (RFC 9218 4.1, `u=0` to `u=7`), else by what it does.
 
-    What stops money running goes before what somebody waits for, and that before bulk: requests of a caller of whom
-    many wait already (`waiting`), and a read that is asked for again and again (`polled`).
+    None: nothing says so, and it goes by what else there is of its caller's, see `usual_or_bulk`.
     """
     told = _URGENCY.search(header(request.headers, "priority") or "")
     if told is not None:
         return int(told[1])
-    if route.effect is Effect.WRITE and (route.method == "DELETE" or _STOPPED.search(request.body)):
-        return STOPS_MONEY
+    stops = route.effect is Effect.WRITE and (route.method == "DELETE" or _STOPPED.search(request.body))
+    return STOPS_MONEY if stops else None
+
+
+def usual_or_bulk(waiting: int, polled: bool) -> int:
+    """What somebody waits for goes before bulk.
+
+    Bulk are requests of a caller of whom many wait already (`waiting`), and a read that is asked for again and again
+    (`polled`).
+    """
     return BULK if polled or waiting >= MANY else USUAL
 
 
