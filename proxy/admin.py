@@ -139,6 +139,8 @@ class AccessLog:
             end += f" refused={exchange.refusals}"
         if exchange.left:
             end += " left"
+        if exchange.steps and exchange.upstream_status not in (0, exchange.status):
+            end += f" upstream_status={exchange.upstream_status}"
         end += f" id={exchange.request_id}"
         return (
             f"{self._date} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
@@ -158,6 +160,7 @@ class AccessLog:
                     "effect": exchange.effect,
                     "caller": exchange.caller,
                     "status": exchange.status,
+                    "upstream_status": exchange.upstream_status or None,
                     "code": exchange.code or None,
                     "cache": exchange.cache.value,
                     "stored": exchange.stored,

@@ -27,7 +27,15 @@ class Flight(Generic[T]):
         self.busy = False
         """Set by the call itself: it is past waiting, its answer may come at any moment."""
         self.taken = False
-        self.task: asyncio.Task[T]
+        self.task: asyncio.Task[T] | None = None
+        """None: whoever waits for it makes the call itself."""
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """Called once the call has ended, or at once if it has."""
+        if self.task is None or self.task.done():
+            callback()
+        else:
+            self.task.add_done_callback(lambda task: callback())
 
 
 class Coalescer(Generic[T]):
@@ -55,20 +63,21 @@ class Coalescer(Generic[T]):
         before it is waited for. Raises what `call` raises.
         """
         flight = self._flights.get(key) if key is not None else None
-        collapsed = flight is not None and not flight.task.done()
-        if flight is None or flight.task.done():  # what has landed is not joined, though its members are yet to wake
+        task = flight.task if flight is not None else None
+        collapsed = task is not None and not task.done()
+        if flight is None or task is None or task.done():  # what has landed is not joined, though some are yet to wake
             flight = Flight()
-            flight.task = asyncio.ensure_future(call(flight))
-            self._tasks.add(flight.task)
+            flight.task = task = asyncio.ensure_future(call(flight))
+            self._tasks.add(task)
             # The first of its callbacks: before anybody is woken, and also where it is cancelled before its first step.
-            flight.task.add_done_callback(partial(self._lands, key, flight))
+            task.add_done_callback(partial(self._lands, key, flight))
             if key is not None:
                 self._flights[key] = flight
         flight.members += 1
         if watch is not None:
             watch(flight)
         try:
-            result = await asyncio.shield(flight.task)
+            result = await asyncio.shield(task)
             if not self._single(result):
                 return result, collapsed
             if flight.taken:
@@ -78,7 +87,7 @@ class Coalescer(Generic[T]):
         finally:
             flight.members -= 1
             if not flight.members:
-                self._deserted(key, flight)
+                self._deserted(key, flight, task)
 
     async def finish(self) -> None:
         """Wait until every flight has landed."""
@@ -90,8 +99,7 @@ class Coalescer(Generic[T]):
         if key is not None and self._flights.get(key) is flight:
             del self._flights[key]
 
-    def _deserted(self, key: str | None, flight: Flight[T]) -> None:
-        task = flight.task
+    def _deserted(self, key: str | None, flight: Flight[T], task: asyncio.Task[T]) -> None:
         if not task.done():
             if flight.keep:
                 task.add_done_callback(lambda done: self._landed(flight, done))

@@ -142,6 +142,8 @@ class _Journey:
     """It has waited in line."""
     kept_off: float = 0.0
     """Seconds that it has waited for an upstream that is away."""
+    exchange: Exchange | None = None
+    """Of whoever leads it: is told of its tries also when that one has left."""
     entry: Entry | None = None
     """Of a write: where it is remembered."""
     spend: Spend | None = None
@@ -169,6 +171,9 @@ class Progress(Protocol):
 
     busy: bool
     """It is past waiting: its answer may come at any moment."""
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """Called once it has ended, or at once if it has."""
 
 
 Watch = Callable[[Progress], None]
@@ -299,7 +304,7 @@ class Pipeline:
 
     async def _alone(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """A read that asks for an answer of its own."""
-        journey = _Journey(known, known.request, turn, self.clock.now())
+        journey = _Journey(known, known.request, turn, self.clock.now(), exchange=exchange)
         if known.question is None:
             # Of no use to anybody else: it goes when its caller goes.
             flight: Flight[Fetched] = Flight()
@@ -324,7 +329,8 @@ class Pipeline:
                 fetched, adopted = await self.flights.join(
                     entry.name,
                     lambda flight: self._spending(
-                        _Journey(known, request, self._turn(known), self.clock.now(), entry=entry), flight
+                        _Journey(known, request, self._turn(known), self.clock.now(), exchange=exchange, entry=entry),
+                        flight,
                     ),
                     watch,
                 )
@@ -385,7 +391,9 @@ class Pipeline:
         stale_allowed = known.asked.max_age is None
         if not stale_allowed:
             key = f"{key}!fresh"
-        journey = _Journey(known, _share_coding(known.request), turn, self.clock.now(), stale_allowed=stale_allowed)
+        journey = _Journey(
+            known, _share_coding(known.request), turn, self.clock.now(), exchange=exchange, stale_allowed=stale_allowed
+        )
         fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
         if fetched is None:  # too large to be shared
             return await self._alone(known, turn, exchange, watch)
@@ -425,14 +433,11 @@ class Pipeline:
         """One member's view of what its flight brought. `asked`: its headers, if the answer is not for it alone."""
         exchange.cache, exchange.was_stale = fetched.cache, fetched.was_stale
         exchange.stored, exchange.ttl, exchange.age = fetched.stored, fetched.ttl, fetched.age
-        exchange.attempts, exchange.refusals = fetched.attempts, fetched.refusals
         exchange.queued, exchange.upstream = fetched.queued, fetched.upstream
-        exchange.steps = fetched.steps
-        if collapsed:
-            exchange.attempts = exchange.refusals = 0
-            exchange.steps = ()
-            if fetched.cache is CacheStatus.MISS:
-                exchange.cache = CacheStatus.COLLAPSED
+        if not collapsed:
+            _note_tries(fetched, exchange)
+        elif fetched.cache is CacheStatus.MISS:
+            exchange.cache = CacheStatus.COLLAPSED
         if isinstance(fetched.outcome, Refusal):
             raise fetched.outcome.with_traceback(None)  # one instance, raised to every member
         response = fetched.outcome
@@ -475,6 +480,8 @@ class Pipeline:
                 self.ledger.ended(entry, retrying.unknown(known.route, why, self._dates(entry)))
             raise
         finally:
+            if journey.exchange is not None:
+                _note_tries(fetched, journey.exchange)
             if not concluded:
                 if not journey.acted and isinstance(fetched.outcome, Refusal):
                     self._keep_place(known, journey.turn)
@@ -623,7 +630,6 @@ class Pipeline:
             outcome = response
             too_often = ticket.answered(response)
         except UpstreamError as error:
-            fetched.attempts += 1
             outcome = error
             return error, False
         finally:
@@ -637,7 +643,8 @@ class Pipeline:
                 breaker.given_back(leave, ended)
             else:
                 breaker.answered(leave, outcome, retrying.failed(outcome), ended)
-        fetched.attempts += 1
+            if outcome is not None or ticket.sends is not None:  # else it was given up before it was sent
+                fetched.attempts += 1
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
             fetched.stored = True
@@ -720,6 +727,11 @@ def _revived(stored: Stored, headers: Headers) -> Response:
     if stored.coded and not caching.accepts_gzip(headers):
         return caching.plain(Response(200, stored.headers(), stored.body))
     return Response(200, (), stored.body, head=stored.head)
+
+
+def _note_tries(fetched: Fetched, exchange: Exchange) -> None:
+    """Once, by whoever led the call."""
+    exchange.attempts, exchange.refusals, exchange.steps = fetched.attempts, fetched.refusals, fetched.steps
 
 
 def _same(known: Understood) -> str:

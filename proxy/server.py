@@ -89,6 +89,8 @@ class Server(web.Server):
         self._admin = admin
         self._request_ids = request_ids
         self._ended: list[Exchange] = []
+        self._going_on: dict[int, Progress] = {}
+        """What a client did not wait for to its end, by the identity of its exchange."""
         self.begin_trace: Callable[[str | None], Trace] | None = None
         """Makes the place in a trace of a request with such a `traceparent`; None: nobody traces."""
         self.observers = tuple(observers)
@@ -144,9 +146,17 @@ class Server(web.Server):
             if self.bodies.size:
                 self.bodies.give_back(request.protocol)
             exchange.total = self._clock.now() - began
-            if not self._ended:
-                self._loop.call_soon(self.tell)
-            self._ended.append(exchange)
+            going_on = self._going_on.pop(id(exchange), None) if self._going_on else None
+            if going_on is None:
+                self._over(exchange)
+            else:
+                going_on.when_over(lambda: self._over(exchange))
+
+    def _over(self, exchange: Exchange) -> None:
+        """Its client has been answered, or has left, and what was begun for it has ended."""
+        if not self._ended:
+            self._loop.call_soon(self.tell)
+        self._ended.append(exchange)
 
     def tell(self) -> None:
         """Tell the observers of what has ended, all of one turn of the loop together: that costs half as much."""
@@ -261,6 +271,8 @@ class Server(web.Server):
         try:
             return await self._pipeline.fetch(known, exchange, hold.watch)
         except asyncio.CancelledError:
+            if hold.flight is not None:
+                self._going_on[id(exchange)] = hold.flight
             task = asyncio.current_task()
             if not hold.over or task is None or task.uncancel() > 0:
                 raise

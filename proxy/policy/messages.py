@@ -181,3 +181,8 @@ class Exchange:
     """Its tries, in order; empty where another's call was shared, or nothing was waited for."""
     trace: Trace | None = None
     """None where nobody traces."""
+
+    @property
+    def upstream_status(self) -> int:
+        """Of the last answer that upstream gave to it; 0: there was none."""
+        return next((step.status for step in reversed(self.steps) if step.status), 0)
