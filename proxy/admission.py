@@ -53,7 +53,7 @@ CALLERS_SHOWN = 5
 class Turn(Place):
     """One request's wait for its turn, and its place for every further attempt."""
 
-    __slots__ = ("charged", "granted", "refusal", "returning", "waiter")
+    __slots__ = ("charged", "granted", "refusal", "returning", "since", "waiter")
 
     def __init__(
         self, number: int, deadline: float, *, who: str = "", weight: float = 1.0, urgency: int = USUAL
@@ -65,6 +65,8 @@ class Turn(Place):
         self.refusal: Refusal | None = None
         self.returning = False
         """It had a turn before, and comes back to its old place."""
+        self.since = 0.0
+        """When it began to wait."""
 
 
 class Account:
@@ -377,6 +379,7 @@ class Admission:
         turn.returning = True
         waiting = Turn(turn.number, until, who=turn.who, weight=turn.weight, urgency=turn.urgency)
         waiting.start = turn.start
+        waiting.since = now
         self._join(origin, queue, waiting)
         if waiting.refusal is not None:
             raise waiting.refusal
@@ -926,6 +929,8 @@ class Admission:
                 "upstream": upstream,
                 "route": name,
                 "waiting": len(line),
+                "oldest_for": round(max((now - one.since for one in line.heads()), default=0.0), 3),
+                "held_by": self._held_by(origin, line, now),
                 "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
                 "newcomer_in": round(max(0.0, self._expected(origin, line, now, Turn(0, math.inf)) - now), 3),
                 "callers": [
@@ -953,6 +958,23 @@ class Admission:
                 "next_in": None if due == math.inf else round(max(0.0, due - now), 3),
                 "one_more_in": round(max(0.0, self._expected(origin, line, now, turn) - now), 3),
             }
+
+    def _held_by(self, origin: Origin, line: _Queue, now: float) -> str:
+        """What keeps this line the longest, for people."""
+        if origin.in_flight >= origin.slots:
+            return "upstreams.max_connections"
+        if not line.account.open():
+            return "first answers of this key"
+        dues = {
+            "limit": line.route.due(now),
+            "limit for all keys": line.shared.due(now),
+            "limit of the account": line.account.bucket.due(now),
+            "limits.global": now + (origin.limiter.delay() if origin.limiter is not None else 0.0),
+        }
+        what, due = max(dues.items(), key=lambda item: item[1])
+        if due == math.inf:
+            return "a call under way"
+        return what if due > now + EPSILON else "others' turns"
 
     def _due(self, origin: Origin, line: _Queue, now: float) -> float:
         """When the next of this line may go, as far as limits are concerned."""

@@ -157,6 +157,13 @@ class Line(Generic[P]):
             if len(flow.heap) > flow.left:
                 yield who, urgency, len(flow.heap) - flow.left
 
+    def heads(self) -> Iterator[P]:
+        """Of every caller and urgency, who has waited longest."""
+        for flow in self._flows.values():
+            first = min((place for place in flow.heap if not place.left), default=None)
+            if first is not None:
+                yield first
+
     def ahead_of(self, who: str, weight: float, more: int = 0) -> int:
         """An estimate of how many turns come before that of a request which joins now, or after `more` of its like."""
         own, known = self._waiting.get(who, (0, 0.0))
