@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from proxy.__main__ import _parser
+from proxy.policy.errors import CODES
 from proxy.settings import NO_SETTINGS, PREFIX, SettingsError, known_keys, load
 
 CHECKOUT = Path(__file__).parent.parent
@@ -164,6 +165,13 @@ def codes_in_the_pages() -> set[str]:
 def test_every_code_of_an_error_of_ours_is_explained() -> None:
     assert {"outcome_unknown", "queue_full", "internal_error", "not_found", "broken_off"} <= codes_in_the_code()
     assert codes_in_the_code() - codes_in_the_pages() == set()
+
+
+def test_every_code_of_a_request_is_known_with_whose_matter_it_is() -> None:
+    """Metrics have each from the start; a new one needs its place there."""
+    of_no_request = {"too_many_connections", "key_needed", "admin_only"}  # of connections, and of our own pages
+    of_our_pages = {"not_found", "method_not_allowed", "too_many_listeners", "not_ready"}
+    assert CODES.keys() == codes_in_the_code() - of_no_request - of_our_pages
 
 
 def test_every_code_that_is_explained_can_occur() -> None:
