@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="as JSON; with --watch one object a line")
+    status.add_argument("--all", action="store_true", help="all lines and limits, not only the first 200")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
     tokens = commands.add_parser("token", help="make gateway tokens for team mode", allow_abbrev=False)
     of_tokens = tokens.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -171,7 +172,7 @@ def _status(options: argparse.Namespace) -> int:
 
     url = options.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     try:
-        show(url, os.environ.get(TOKEN_VARIABLE, ""), watch=options.watch, as_json=options.json)
+        show(url, os.environ.get(TOKEN_VARIABLE, ""), watch=options.watch, as_json=options.json, whole=options.all)
     except StatusError as error:
         print(f"vast-proxy: {error}", file=sys.stderr)
         return FAILED

@@ -251,7 +251,8 @@ _text = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
-    return {
+    """An exchange without what is empty, 0 or false: that is most of most of them."""
+    told = {
         "n": number,
         "at": round(wall, 2),
         "id": exchange.request_id,
@@ -270,6 +271,7 @@ def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
         "refusals": exchange.refusals,
         "left": exchange.left,
     }
+    return {name: value for name, value in told.items() if value}
 
 
 def _dated(entry: Mapping[str, Any], wall: float) -> dict[str, Any]:

@@ -15,6 +15,8 @@ let stepped = 0;           // when we heard of it, milliseconds
 const hour = new Map();    // step -> [requests, saved, refusals, errors, faults, wait]
 const whole = new Set();    // tables of which all rows are wanted
 let exchanges = [];        // the latest first
+// What is not told of an exchange.
+const NOTHING = { id: "", route: "", caller: "", status: 0, code: "", kind: "", queued: 0, upstream: 0, attempts: 0, refusals: 0, left: false };
 
 // --- In words -------------------------------------------------------------------------------------------------------
 
@@ -318,7 +320,8 @@ function take(fresh, news) {
   for (const [number, ...slot] of news.slots) hour.set(number, slot);
   for (const number of hour.keys()) if (number <= step - STEPS) hour.delete(number);
   const latest = exchanges.length ? exchanges[0].n : 0;
-  exchanges = [...news.exchanges.filter((one) => one.n > latest).reverse(), ...exchanges].slice(0, KEPT);
+  const later = news.exchanges.filter((one) => one.n > latest).map((one) => ({ ...NOTHING, ...one }));
+  exchanges = [...later.reverse(), ...exchanges].slice(0, KEPT);
   draw();
   show();
   showExchanges();
