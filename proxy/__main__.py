@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="as JSON; with --watch one object a line")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
+    told = "print every setting, with its unit, default, environment variable and meaning"
+    words = commands.add_parser("settings", help=told, description=told, allow_abbrev=False)
+    words.add_argument("name", metavar="NAME", nargs="?", default="", help="only this one, or this section: queue")
+    words.set_defaults(command=_settings)
     tokens = commands.add_parser("token", help="make gateway tokens for team mode", allow_abbrev=False)
     of_tokens = tokens.add_subparsers(title="commands", metavar="COMMAND", required=True)
     new = of_tokens.add_parser(
@@ -194,6 +198,17 @@ def _routes(options: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return OK
+
+
+def _settings(options: argparse.Namespace) -> int:
+    from .reference import reference
+
+    told = reference(options.name)
+    if not told:
+        print(f"vast-proxy: there is no setting {options.name!r:.80}", file=sys.stderr)
+        return MISUSED
+    print(told, end="")
     return OK
 
 

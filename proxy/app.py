@@ -30,7 +30,7 @@ from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
-from .settings import Listen, LogRules, Settings, SettingsError
+from .settings import Listen, LogRules, Settings, SettingsError, need_restart
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
@@ -173,23 +173,12 @@ class App:
 
     def reload(self, settings: Settings) -> list[str]:
         """Put other settings in force for every request from now on. Names those that need a restart."""
-        kept: list[str] = []
         before, self.settings = self.settings, settings
-        if before.listen != settings.listen:
-            kept.append("listen")
-        if (before.tls.cert is None) != (settings.tls.cert is None):
-            kept.append("tls")
-        elif self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
+        if self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
             try:
                 certificates.renew(self._certificate, settings.tls.cert, settings.tls.key)
             except ValueError as error:
                 log.error("the certificate in use stays: %s", error)
-        if before.state != settings.state:
-            kept.append("state.file")
-        if before.tracing != settings.tracing:
-            kept.append("tracing")
-        if before.server.keepalive != settings.server.keepalive:
-            kept.append("server.keepalive")
         if before.upstreams != settings.upstreams:
             old, self.upstream = self.upstream, Upstream(settings.upstreams, self._tls)
             self.pipeline.upstream = self.upstream
@@ -208,7 +197,7 @@ class App:
         self.access.configure(settings.log.level, settings.log.format)
         self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
-        return kept
+        return need_restart(before, settings)
 
     async def _save_now_and_then(self) -> None:
         while not self._stopping.is_set():

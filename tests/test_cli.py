@@ -193,6 +193,24 @@ def test_routes_shows_the_settings_applied(tmp_path: Path) -> None:
     assert row(table, "PUT", "/never/")[2] == "refused"
 
 
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_prints_all_of_them_or_the_one_that_is_named() -> None:
+    told = vast_proxy("settings")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("# Settings\n")
+    one = vast_proxy("settings", "queue.max_wait", LC_ALL="C")
+    assert one.stdout.startswith("### `queue.max_wait`\n\nValue: a duration. Default: `30m`.")
+    assert one.stdout in told.stdout
+
+
+def test_a_setting_that_does_not_exist_is_one_line_and_2() -> None:
+    told = vast_proxy("settings", "queue.max_wat")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == "vast-proxy: there is no setting 'queue.max_wat'\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     for buffered in ("", "1"):
         with Popen(

@@ -20,13 +20,14 @@ class QueueRules:
     """Bounds on waiting: `queue` in the settings."""
 
     max_waiting: Count = 10_000
-    """Requests of one caller that may wait in one line: for one endpoint, with one key."""
+    """Requests of one caller that may wait in one line: for one endpoint, with one key. Beyond it they are refused."""
     max_wait: Seconds = 1800.0
-    """The longest a request may wait for its turn."""
+    """The longest wait of a client that is kept awake by interim answers."""
     max_wait_plain: Seconds = 100.0
-    """How long a client that takes no heartbeat is held before it is told to come back: less than it would wait."""
+    """The longest wait of one that is not, and would hang up by itself: the stock client does after 120s of silence. If
+    it asks the same again within a minute, it goes on from its place."""
     heartbeat: Seconds = 15.0
-    """Between two interim answers to a client that waits; 0 turns them off."""
+    """Between two interim answers to a client that waits. 0 sends none."""
     heartbeats: Mapping[str, Interim] = field(
         default_factory=lambda: {
             "vastai-cli/": "100",
@@ -41,7 +42,8 @@ class QueueRules:
             "undici": "102",
         }
     )
-    """The interim status that each client is known to take, by the beginning of its User-Agent."""
+    """Which interim status keeps a client awake, by how its User-Agent begins: 100, 102, or none. The first that fits
+    counts, no other client is sent any. A file of your own adds to these; `none` takes one out."""
 
 
 USUAL = 3
