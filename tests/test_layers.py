@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "spends": {"clock", "policy"},
     "server": {"bounds", "clock", "pipeline", "policy", "settings", "slowing"},
     "slowing": {"clock", "policy"},
+    "health": set(),
     "metrics": {"policy"},
     "status": set(),
     "tracing": {"clock", "policy"},
