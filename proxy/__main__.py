@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="as JSON; with --watch one object a line")
+    health = add(
+        "health", _health, "ask the proxy of these settings on this machine whether it answers; 1: it does not"
+    )
+    health.add_argument("--listen", metavar="HOST:PORT", help="as it was given to `serve`")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
     told = "print every setting, with its unit, default, environment variable and meaning"
     words = commands.add_parser("settings", help=told, description=told, allow_abbrev=False)
@@ -182,6 +186,19 @@ def _status(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not options.watch:
             raise
+    return OK
+
+
+def _health(options: argparse.Namespace) -> int:
+    from .health import Unwell, ask
+    from .settings import SettingsError, listen_address
+
+    try:
+        listen = listen_address(options.config, os.environ, {"listen": options.listen}).here
+        print(f"{ask(listen.host, listen.port)} answers")
+    except (SettingsError, Unwell) as error:
+        _complain(error)
+        return FAILED  # also where others are MISUSED: to Docker anything but 0 and 1 has no meaning
     return OK
 
 

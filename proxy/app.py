@@ -418,13 +418,11 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     except BaseException:
         await app.upstream.close()
         raise
-    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
     scheme = "http" if settings.tls.cert is None else "https"
-    url = f"{scheme}://{Listen(loopback, app.address.port) if loopback else app.address}"
     print(f"vast-proxy {__version__} listens on {scheme}://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
-    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    elsewhere = "   (elsewhere: this machine's name)" if app.address.is_everywhere else ""
+    print(f"Point clients at it:  export VAST_URL={scheme}://{app.address.here}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

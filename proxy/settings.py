@@ -70,6 +70,16 @@ class Listen:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Every address of the machine, and so none that anybody could be pointed at."""
+        return self.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+    @property
+    def here(self) -> Listen:
+        """Where this machine itself reaches it."""
+        return Listen("::1" if ":" in self.host else "127.0.0.1", self.port) if self.is_everywhere else self
+
 
 Address = Annotated[Listen, "address"]
 Origin = Annotated[str, "origin"]
@@ -286,6 +296,31 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     if settings.state.file is None:
         settings = dataclasses.replace(settings, state=StateRules(default_state_file(environ)))
     return settings
+
+
+def listen_address(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Listen:
+    """Where a proxy of these settings listens. Whatever else is wrong with them, it may run all the same.
+
+    It was started before. The file is not even read if the variables or the command line say it. Raises SettingsError.
+    """
+    path = path or config_file(environ)
+    above = Layer()
+    above.overlay(_read_environment(2, environ))
+    above.overlay(_read_overrides(3, overrides))
+    found = Layer()
+    found.overlay(_shipped_layer("proxy.yaml"))
+    if path is not None and "listen" not in above.data:
+        file = _read_file(1, path, str(path))
+        if file.faults:
+            raise SettingsError("\n".join(str(fault) for fault in file.faults))
+        found.overlay(file)
+    found.overlay(above)
+    value = found.data["listen"]
+    try:
+        return _listen(value)
+    except (ValueError, TypeError):
+        told = f"listen: expected {UNITS['address'][1]}, got {_shown(value)}"
+        raise SettingsError(str(Fault(found.place(("listen",)), told))) from None
 
 
 def config_file(environ: Mapping[str, str]) -> Path | None:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "reference": {"policy", "settings"},
     "server": {"bounds", "clock", "pipeline", "policy", "settings", "slowing"},
     "slowing": {"clock", "policy"},
+    "health": set(),
     "metrics": {"policy"},
     "own": {"admission", "policy"},
     "status": set(),
