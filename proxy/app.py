@@ -30,7 +30,7 @@ from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
-from .settings import Listen, LogRules, Settings, SettingsError, need_restart
+from .settings import Listen, LogRules, Settings, SettingsError, kept, need_restart
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
@@ -67,6 +67,7 @@ class App:
     ) -> None:
         """Inside a running loop. `wall`, `tls` and `chance` are for tests: the date, whom to trust, the jitter."""
         self.settings = settings
+        self._kept = kept(settings)
         self.clock = Clock(wall)
         self._tls = tls
         self._state = StateFile(settings.state.file)
@@ -197,7 +198,7 @@ class App:
         self.access.configure(settings.log.level, settings.log.format)
         self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
-        return need_restart(before, settings)
+        return need_restart(self._kept, settings)
 
     async def _save_now_and_then(self) -> None:
         while not self._stopping.is_set():

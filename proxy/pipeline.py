@@ -263,7 +263,7 @@ class Pipeline:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.label, route.effect
-        exchange.listed, exchange.origin = route.listed, route.upstream
+        exchange.listed, exchange.origin, exchange.address = route.listed, route.upstream, known.caller.address
         if known.forbidden is not None:
             raise known.forbidden.with_traceback(None)
         if route.refused:

@@ -188,6 +188,7 @@ class Server(web.Server):
             response = found if found is not None else await self._patiently(request, known, exchange)
         except Refusal as refused:
             exchange.code = refused.code
+            exchange.address = exchange.address or self._address(request)
             if not exchange.attempts:
                 exchange.cache = CacheStatus.REFUSED
             response = _refused(refused)

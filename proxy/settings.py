@@ -257,9 +257,14 @@ NEED_RESTART: Mapping[str, Restart] = {
 """Settings and sections that are used at the start only; all others follow a reload."""
 
 
-def need_restart(before: Settings, after: Settings) -> list[str]:
-    """Of what is different, that which a reload does not put in force."""
-    return [name for name, restart in NEED_RESTART.items() if restart.part(before) != restart.part(after)]
+def kept(settings: Settings) -> dict[str, object]:
+    """Of settings with which the proxy starts: what stays as long as it runs, whatever a reload brings."""
+    return {name: restart.part(settings) for name, restart in NEED_RESTART.items()}
+
+
+def need_restart(begun_with: Mapping[str, object], after: Settings) -> list[str]:
+    """Of what differs from what was `kept` at the start, the names."""
+    return [name for name, part in kept(after).items() if part != begun_with[name]]
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:

@@ -33,6 +33,7 @@ class QueueRules:
             "vastai-cli/": "100",
             "vastai-sdk/": "100",
             "python-requests/": "100",
+            "python-httpx/": "100",
             "python-urllib3/": "100",
             "Python-urllib/": "100",
             "aiohttp/": "100",

@@ -205,6 +205,7 @@ CONTINUE, PROCESSING = b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processi
         ("vastai-cli/1.9.1", CONTINUE),
         ("vastai-sdk/1.9.1", CONTINUE),
         ("python-requests/2.32.3", CONTINUE),
+        ("python-httpx/0.28.1", CONTINUE),
         ("Python/3.12 aiohttp/3.14.5", CONTINUE),
         ("curl/8.5.0", CONTINUE),
         ("node", PROCESSING),
