@@ -52,6 +52,9 @@ CALLERS_SHOWN = 5
 """Of those who wait in a line, by how many of their requests do."""
 
 
+_NOTHING_LENT: Mapping[tuple[str, int], list[Turn]] = {}
+
+
 class Turn:
     """One request's wait for its turn, and its place for every further attempt."""
 
@@ -69,7 +72,7 @@ class Turn:
         """It has waited before, and comes back to its old place."""
         self.served = False
         """It had a turn."""
-        self.lent: dict[tuple[str, int], list[Turn]] = {}
+        self.lent = _NOTHING_LENT
         """Other turns at whose places it may go as well, by whose and how urgent they are."""
         self.wait: _Wait | None = None
         """While it waits."""
@@ -407,7 +410,7 @@ class Admission:
         if lent is not None:
             lent.append(other)
         elif len(turn.lent) < MOST_LENT and (other.who != turn.who or other.urgency < turn.urgency):
-            turn.lent[other.who, other.urgency] = [other]
+            turn.lent = {**turn.lent, (other.who, other.urgency): [other]}
             if turn.wait is not None and turn.wait.places and not turn.wait.gone:
                 self._stand(turn.wait, other, again=False)
                 self._dispatch(turn.wait.origin)
@@ -419,7 +422,7 @@ class Admission:
             return
         lent.remove(other)
         if not lent:
-            del turn.lent[other.who, other.urgency]
+            turn.lent = {key: turns for key, turns in turn.lent.items() if turns}
             wait = turn.wait
             if wait is None:
                 return

@@ -250,8 +250,8 @@ async def test_the_log_names_the_member(team: Team, capsys: pytest.CaptureFixtur
     await gateway.put("/api/v0/users/", {}, key=BOB)
     await asyncio.sleep(0)
     first, second = capsys.readouterr().err.splitlines()
-    assert f"GET {SSH} caller=ada status=200" in first
-    assert "PUT /api/v0/users/ caller=bob status=403" in second
+    assert f"GET {SSH} caller=ada from=127.0.0.1 status=200" in first
+    assert "PUT /api/v0/users/ caller=bob from=127.0.0.1 status=403" in second
     assert "code=not_permitted" in second
 
 
