@@ -157,8 +157,9 @@ class AccessLog:
         end += f" id={exchange.request_id}"
         return (
             f"{self._date} {exchange.method} {exchange.route or '-'} caller={exchange.caller or '-'} "
-            f"status={exchange.status} cache={cache} queued={exchange.queued * 1000:.0f}ms "
-            f"upstream={exchange.upstream * 1000:.0f}ms attempts={exchange.attempts}{end}\n"
+            f"from={exchange.address or '-'} status={exchange.status} cache={cache} "
+            f"queued={exchange.queued * 1000:.0f}ms upstream={exchange.upstream * 1000:.0f}ms "
+            f"attempts={exchange.attempts}{end}\n"
         )
 
     def _as_json(self, exchange: Exchange) -> str:
@@ -172,6 +173,7 @@ class AccessLog:
                     "route": exchange.route,
                     "effect": exchange.effect,
                     "caller": exchange.caller,
+                    "from": exchange.address,
                     "status": exchange.status,
                     "upstream_status": exchange.upstream_status or None,
                     "code": exchange.code or None,

@@ -31,7 +31,7 @@ from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .server import Server
-from .settings import Listen, LogRules, Settings, SettingsError
+from .settings import Listen, LogRules, Settings, SettingsError, kept, need_restart
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
@@ -70,6 +70,7 @@ class App:
     ) -> None:
         """Inside a running loop. `wall`, `tls` and `chance` are for tests: the date, whom to trust, the jitter."""
         self.settings = settings
+        self._kept = kept(settings)
         self.clock = Clock(wall)
         self._tls = tls
         self._state = StateFile(settings.state.file)
@@ -178,23 +179,12 @@ class App:
 
     def reload(self, settings: Settings) -> list[str]:
         """Put other settings in force for every request from now on. Names those that need a restart."""
-        kept: list[str] = []
         before, self.settings = self.settings, settings
-        if before.listen != settings.listen:
-            kept.append("listen")
-        if (before.tls.cert is None) != (settings.tls.cert is None):
-            kept.append("tls")
-        elif self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
+        if self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
             try:
                 certificates.renew(self._certificate, settings.tls.cert, settings.tls.key)
             except ValueError as error:
                 log.error("the certificate in use stays: %s", error)
-        if before.state != settings.state:
-            kept.append("state.file")
-        if before.tracing != settings.tracing:
-            kept.append("tracing")
-        if before.server.keepalive != settings.server.keepalive:
-            kept.append("server.keepalive")
         if before.upstreams != settings.upstreams:
             old, self.upstream = self.upstream, Upstream(settings.upstreams, self._tls)
             self.pipeline.upstream = self.upstream
@@ -213,7 +203,7 @@ class App:
         self.access.configure(settings.log.level, settings.log.format)
         self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
-        return kept
+        return need_restart(self._kept, settings)
 
     async def _save_now_and_then(self) -> None:
         looked_at = -STEP
@@ -477,13 +467,11 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     except BaseException:
         await app.upstream.close()
         raise
-    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
     scheme = "http" if settings.tls.cert is None else "https"
-    url = f"{scheme}://{Listen(loopback, app.address.port) if loopback else app.address}"
     print(f"vast-proxy {__version__} listens on {scheme}://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
-    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    elsewhere = "   (elsewhere: this machine's name)" if app.address.is_everywhere else ""
+    print(f"Point clients at it:  export VAST_URL={scheme}://{app.address.here}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -21,6 +21,7 @@ from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import ANONYMOUS, Caller
 from .policy.limiting import MAX_429
 from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step, since
+from .policy.queueing import BULK, USUAL
 from .policy.routing import Route
 from .settings import Settings
 from .spends import Spend, Spends
@@ -109,8 +110,8 @@ class Understood:
     """By which a write says itself whether it is another one."""
     forbidden: Refusal | None = None
     """Why this member of the team may not ask for it."""
-    urgency: int | None = None
-    """How urgent it is by itself; None: as its caller's other requests make it."""
+    urgency: int = USUAL
+    """How urgent it is by itself."""
     call: Call = NO_CALL
     """What a breaker knows it by."""
     label: str = ""
@@ -266,7 +267,7 @@ class Pipeline:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.label, route.effect
-        exchange.listed, exchange.origin = route.listed, route.upstream
+        exchange.listed, exchange.origin, exchange.address = route.listed, route.upstream, known.caller.address
         if known.forbidden is not None:
             raise known.forbidden.with_traceback(None)
         if route.refused:
@@ -397,7 +398,25 @@ class Pipeline:
             key = f"{key}!fresh"
         journey = self._journey(known, _share_coding(known.request), turn, exchange)
         journey.stale_allowed = stale_allowed
-        fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
+
+        def lead(flight: Flight[Fetched]) -> Coroutine[Any, Any, Fetched]:
+            flight.about = turn
+            return self._fetch(journey, flight)
+
+        leading: list[Turn] = []
+
+        def joined(flight: Flight[Fetched]) -> None:
+            if isinstance(flight.about, Turn) and flight.about is not turn:
+                # Whoever would have had its turn earlier by itself has it so.
+                leading.append(flight.about)
+                self.admission.lend(flight.about, turn)
+            watch(flight)
+
+        try:
+            fetched, collapsed = await self.flights.join(key, lead, joined)
+        finally:
+            for other in leading:
+                self.admission.take_back(other, turn)
         if fetched is None:  # too large to be shared
             return await self._alone(known, turn, exchange, watch)
         late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
@@ -425,10 +444,8 @@ class Pipeline:
                     return turn
         caller, urgency, now = known.caller, known.urgency, self.clock.now()
         last, known.seen.asked = known.seen.asked, now
-        if urgency is None:
-            polled = last is not None and now - last < POLLED_WITHIN
-            waiting = self.admission.waiting_of(known.call.caller, known.route, caller.credential)
-            urgency = queueing.usual_or_bulk(waiting, polled)
+        if urgency == USUAL and last is not None and now - last < POLLED_WITHIN:
+            urgency = BULK
         return self.admission.arrive(who=known.call.caller, weight=caller.weight, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
@@ -765,7 +782,7 @@ def _note_share(fetched: Fetched, exchange: Exchange, joined: float) -> None:
 def _same(known: Understood) -> str:
     """Equal for a request and its repetition by the same caller."""
     if known.question is not None:
-        return known.question
+        return f"{known.call.caller} {known.question}"
     request = known.request
     if not request.body:  # nothing to be hashed for
         return f"{known.caller.author} {request.method} {known.route.upstream} {request.target}"

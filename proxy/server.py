@@ -194,12 +194,16 @@ class Server(web.Server):
                 extra = _ID % exchange.request_id.encode()
                 if response.rest is not None:
                     return await _stream(response, request, extra, exchange, last=last)
-                return _Reply(response, request, extra)
+                reply = _Reply(response, request, extra)
+                if last:
+                    reply.force_close()
+                return reply
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
             response = found if found is not None else await self._patiently(request, known, exchange)
         except Refusal as refused:
             exchange.code = refused.code
+            exchange.address = exchange.address or self._address(request)
             if not exchange.attempts:
                 exchange.cache = CacheStatus.REFUSED
             response = _refused(refused)

@@ -178,6 +178,21 @@ def test_every_code_that_is_explained_can_occur() -> None:
     assert codes_in_the_pages() - codes_in_the_code() == set()
 
 
+def test_each_code_is_explained_once() -> None:
+    rows = [row for page in PAGES for table in _CODES.findall(text_of(page)) for row in table.splitlines()]
+    assert len(rows) == len(codes_in_the_pages())
+
+
+def test_of_each_code_that_clients_meet_it_is_said_what_to_do() -> None:
+    page = text_of(CHECKOUT / "docs" / "operations.md")
+    met, ours = ({*re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)} for table in _CODES.findall(page))
+    assert {"outcome_unknown", "broken_off"} <= met
+    assert "not_ready" in ours
+    advice = page.partition("## What to do when\n")[2].partition("\n## ")[0]
+    seen = [row.split(" | ")[0] for row in advice.splitlines() if row.startswith("| ")]
+    assert {code for row in seen for code in re.findall(r"`([a-z_]+)`", row)} == met
+
+
 # --- Links ------------------------------------------------------------------------------------------------------------
 
 

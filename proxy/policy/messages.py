@@ -175,6 +175,8 @@ class Exchange:
     """Which upstream it is for: "api" or "serverless"."""
     caller: str = ""
     """Digest of the credential, shortened."""
+    address: str = ""
+    """The client's, as far as it can be believed."""
     effect: str = ""
     status: int = 0
     code: str = ""
