@@ -52,13 +52,26 @@ CALLERS_SHOWN = 5
 """Of those who wait in a line, by how many of their requests do."""
 
 
-_NOTHING_LENT: Mapping[tuple[str, int], list[Turn]] = {}
+_NOTHING_LENT: Mapping[tuple[str, int], tuple[Turn, ...]] = {}
 
 
 class Turn:
     """One request's wait for its turn, and its place for every further attempt."""
 
-    __slots__ = ("deadline", "lent", "number", "returning", "served", "urgency", "wait", "weight", "who")
+    __slots__ = (
+        "deadline",
+        "lent",
+        "number",
+        "owed",
+        "paid",
+        "refunded",
+        "returning",
+        "served",
+        "urgency",
+        "wait",
+        "weight",
+        "who",
+    )
 
     def __init__(
         self, number: int, deadline: float, *, who: str = "", weight: float = 1.0, urgency: int = USUAL
@@ -76,12 +89,17 @@ class Turn:
         """Other turns at whose places it may go as well, by whose and how urgent they are."""
         self.wait: _Wait | None = None
         """While it waits."""
+        self.paid: tuple[str, float] | None = None
+        """Whose turn it had last, and with which weight; None: nobody's, for nobody waited."""
+        self.owed: tuple[str, float] | None = None
+        """Whose turn came to nothing: to be given back."""
+        self.refunded = False
 
 
 class _Wait:
     """One attempt's wait: at one place, or at several of which the first that comes counts."""
 
-    __slots__ = ("charged", "deadline", "future", "granted", "origin", "places", "queue", "refusal", "since")
+    __slots__ = ("by", "charged", "deadline", "future", "granted", "origin", "places", "queue", "refusal", "since")
 
     def __init__(self, origin: Origin, queue: _Queue, deadline: float, since: float) -> None:
         self.origin = origin
@@ -92,6 +110,8 @@ class _Wait:
         """Empty once it is over."""
         self.future: asyncio.Future[None] | None = None
         self.granted = False
+        self.by: _Place | None = None
+        """The place at which its turn came."""
         self.charged: Limiter | None = None
         self.refusal: Refusal | None = None
 
@@ -104,11 +124,18 @@ class _Wait:
 class _Place(Place):
     """A place that leads back to whom it is for."""
 
-    __slots__ = ("wait",)
+    __slots__ = ("turn", "wait")
 
     def __init__(self, turn: Turn, wait: _Wait) -> None:
-        super().__init__(turn.number, who=turn.who, weight=turn.weight, urgency=turn.urgency)
+        lent = bool(wait.places)
+        super().__init__(turn.number, who=turn.who, weight=turn.weight, urgency=turn.urgency, lent=lent)
+        self.turn = turn
+        """Whose place it is."""
         self.wait = wait
+
+
+def _first(lent: Mapping[tuple[str, int], tuple[Turn, ...]]) -> Iterable[Turn]:
+    return (turns[0] for turns in lent.values())
 
 
 class Account:
@@ -263,16 +290,17 @@ class Origin(Order[_Place]):
 class Ticket:
     """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
-    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "route", "sends")
+    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "_turn", "route", "sends")
 
     def __init__(
-        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, charged: Limiter | None
+        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, charged: Limiter | None, turn: Turn
     ) -> None:
         self._admission = admission
         self._origin = origin
         self._queue = queue
         self._done = False
         self._charged = charged
+        self._turn = turn
         self.route = route
         self.sends: tuple[Send, Send, Send] | None = None
 
@@ -297,7 +325,13 @@ class Ticket:
 
         True: it was a 429 that waiting solves, so come back with the same turn.
         """
-        return self._admission.learn(self._origin, self._queue, self, response)
+        again = self._admission.learn(self._origin, self._queue, self, response)
+        turn = self._turn
+        if again and turn.paid is not None and not turn.refunded:
+            # The first time it is not its caller's loss; who provokes them again and again pays for the tokens.
+            turn.owed, turn.refunded = turn.paid, True
+        turn.paid = None
+        return again
 
     def close(self) -> None:
         """Give back the slot, and the tokens if nothing was sent. Further calls change nothing."""
@@ -361,11 +395,6 @@ class Admission:
         until = self.clock.now() + (self.rules.max_wait if waits is None else waits)
         return Turn(next(self._arrivals), until, who=who, weight=weight, urgency=urgency)
 
-    def waiting_of(self, who: str, route: Route, credential: str) -> int:
-        """Requests of a caller that wait for that route."""
-        queue = self._queues.get(self._line_key(route, credential))
-        return queue.waiting_of(who) if queue is not None else 0
-
     async def turn(self, turn: Turn, route: Route, credential: str, *, deadline: float | None = None) -> Ticket:
         """Wait for the turn, in the place of its arrival. Call it again with the same `turn` for a further attempt.
 
@@ -381,12 +410,14 @@ class Admission:
         if not origin.waiting and queue.may_go(now) and origin.delay() <= 0:
             # Nobody waits and nothing is in the way: the same grant without a line.
             turn.returning = turn.served = True
-            return Ticket(self, origin, queue, route, self._charge(origin, queue))
-        expected = self._expected(origin, queue, now, turn)
+            turn.paid = turn.owed = None
+            return Ticket(self, origin, queue, route, self._charge(origin, queue), turn)
+        expected = min(self._expected(origin, queue, now, one) for one in (turn, *_first(turn.lent)))
         if expected > until:
             raise too_long(queue, expected - now, until - now)
-        own = queue.waiting_of(turn.who)
-        if own >= self.rules.max_waiting and not turn.returning and turn.urgency > STOPS_MONEY:
+        # What stops money running has room of its own.
+        own = queue.waiting_of(turn.who, STOPS_MONEY if turn.urgency <= STOPS_MONEY else 7)
+        if own >= self.rules.max_waiting and not turn.returning:
             raise Refusal(429, "queue_full", f"{own} requests wait for {route.name} already; try again later", 30)
         wait = turn.wait = _Wait(origin, queue, until, now)
         try:
@@ -394,12 +425,13 @@ class Admission:
             if wait.refusal is not None:
                 raise wait.refusal
             if not wait.granted:
-                await self._wait(wait, route)
+                await self._wait(turn, wait, route)
         finally:
             turn.returning = True
             turn.wait = None
         turn.served = True
-        return Ticket(self, origin, queue, route, wait.charged)
+        turn.paid = (wait.by.who, wait.by.weight) if wait.by is not None else None
+        return Ticket(self, origin, queue, route, wait.charged, turn)
 
     def lend(self, turn: Turn, other: Turn) -> None:
         """`other` waits for the same call as `turn`: it goes at the better of their places, and counts for its owner.
@@ -407,41 +439,47 @@ class Admission:
         To be taken back when `other` waits no more.
         """
         lent = turn.lent.get((other.who, other.urgency))
+        better = other.who != turn.who or (other.urgency, other.number) < (turn.urgency, turn.number)
         if lent is not None:
-            lent.append(other)
-        elif len(turn.lent) < MOST_LENT and (other.who != turn.who or other.urgency < turn.urgency):
-            turn.lent = {**turn.lent, (other.who, other.urgency): [other]}
+            turn.lent = {**turn.lent, (other.who, other.urgency): (*lent, other)}
+        elif len(turn.lent) < MOST_LENT and better:
+            turn.lent = {**turn.lent, (other.who, other.urgency): (other,)}
             if turn.wait is not None and turn.wait.places and not turn.wait.gone:
-                self._stand(turn.wait, other, again=False)
+                self._stand(turn.wait, other)
                 self._dispatch(turn.wait.origin)
 
     def take_back(self, turn: Turn, other: Turn) -> None:
         """It waits no more for the call of `turn`. Further calls change nothing."""
-        lent = turn.lent.get((other.who, other.urgency), [])
+        key = (other.who, other.urgency)
+        lent = turn.lent.get(key, ())
         if other not in lent:
             return
-        lent.remove(other)
-        if not lent:
-            turn.lent = {key: turns for key, turns in turn.lent.items() if turns}
-            wait = turn.wait
-            if wait is None:
-                return
-            for place in [place for place in wait.places if (place.who, place.urgency) == (other.who, other.urgency)]:
-                wait.places.remove(place)
-                self._unstand(wait, place)
-                self._serve(wait.origin, wait.queue, self.clock.now())
-                self._dispatch(wait.origin)
+        left = tuple(one for one in lent if one is not other)
+        turn.lent = {**turn.lent, key: left} if left else {at: some for at, some in turn.lent.items() if at != key}
+        wait = turn.wait
+        if lent[0] is not other or wait is None:
+            return
+        for place in [place for place in wait.places if place.turn is other]:
+            wait.places.remove(place)
+            self._unstand(wait, place)
+            if left:
+                self._stand(wait, left[0])
+            self._serve(wait.origin, wait.queue, self.clock.now())
+            self._dispatch(wait.origin)
 
     def _join(self, turn: Turn, wait: _Wait) -> None:
         wait.origin.waiting += 1
         wait.queue.waits += 1
         wait.queue.account.waiting += 1
-        for one in (turn, *(lent[0] for lent in turn.lent.values())):
-            self._stand(wait, one, again=turn.served and one is turn)
+        owed, turn.owed = turn.owed, None
+        for one in (turn, *_first(turn.lent)):
+            back = owed if owed is not None and owed[0] == one.who else None
+            self._stand(wait, one, back)
+            owed = owed if back is None else None
         self._dispatch(wait.origin)
 
-    def _stand(self, wait: _Wait, turn: Turn, *, again: bool) -> None:
-        """Take a place in line. `again`: the turn that it had came to nothing."""
+    def _stand(self, wait: _Wait, turn: Turn, owed: tuple[str, float] | None = None) -> None:
+        """Take a place in line. `owed`: whose last turn came to nothing, and shall not have counted."""
         origin, queue = wait.origin, wait.queue
         place = _Place(turn, wait)
         wait.places.append(place)
@@ -452,8 +490,12 @@ class Admission:
                 account = queue.account if bucket is queue.account.bucket else None
                 gate = self._gates[id(bucket)] = _Gate(bucket, account)
             gate.lines.add(queue)
-            gate.join(place, again)
-        origin.join(place, again)
+            gate.need(place)
+            if owed is not None:
+                gate.give_back(*owed)
+        origin.need(place)
+        if owed is not None:
+            origin.give_back(*owed)
         self._placed(origin, flow, anew=flow.head is place)
 
     def _unstand(self, wait: _Wait, place: _Place) -> None:
@@ -461,10 +503,9 @@ class Admission:
         origin, queue = wait.origin, wait.queue
         head = queue.flows[place.who, place.urgency].head
         flow = queue.leave(place, self.clock.now())
-        origin.leave(place)
+        origin.need_no_more(place)
         for bucket in queue.buckets:
-            gate = self._gates[id(bucket)]
-            gate.leave(place)
+            self._gates[id(bucket)].need_no_more(place)
         self._placed(origin, flow, anew=head is place)
         if not queue:
             for bucket in queue.buckets:
@@ -492,7 +533,7 @@ class Admission:
         if not wait.origin.waiting:
             wait.origin.forget()
 
-    async def _wait(self, wait: _Wait, route: Route) -> None:
+    async def _wait(self, turn: Turn, wait: _Wait, route: Route) -> None:
         wait.future = asyncio.get_running_loop().create_future()
         timer = None
         if wait.deadline < math.inf:
@@ -502,7 +543,7 @@ class Admission:
         except asyncio.CancelledError:
             # The turn may have come, or been refused, in the very tick in which the caller left.
             if wait.granted:
-                Ticket(self, wait.origin, wait.queue, route, wait.charged).close()
+                Ticket(self, wait.origin, wait.queue, route, wait.charged, turn).close()
             elif wait.places:
                 self._leave(wait)
                 self._dispatch(wait.origin)
@@ -527,6 +568,12 @@ class Admission:
             "capacity": slowest.capacity,
             "source": slowest.source,
         }
+
+    def in_time(self, turn: Turn, route: Route, credential: str) -> bool:
+        """Could it have its turn before its deadline, as far as can be seen?"""
+        now = self.clock.now()
+        queue = self._queue(route, credential)
+        return self._expected(self.origins[route.upstream], queue, now, turn) < turn.deadline - 1.0
 
     def expected(self, route: Route, credential: str) -> float:
         """Seconds that a request arriving now would wait for its turn: an estimate."""
@@ -626,7 +673,7 @@ class Admission:
 
     def _grant(self, origin: Origin, queue: _Queue, place: _Place) -> None:
         wait = place.wait
-        wait.granted = True
+        wait.granted, wait.by = True, place
         origin.served(place)
         for bucket in queue.buckets:
             self._gates[id(bucket)].served(place)
@@ -674,34 +721,22 @@ class Admission:
 
         `more`: so many of its like come before it. One who had a turn comes back to before everybody.
         """
-        account = queue.account.bucket
         if turn.served:
             return max(bucket.eta(now, 0) for bucket in queue.buckets)
-        own = 0 if turn.returning else None
-        ahead = queue.ahead_of(turn.who, turn.weight, turn.urgency, own=own, more=more)
-        when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead), account.eta(now, ahead))
-        patient = turn.urgency > STOPS_MONEY
-        gate = self._gates.get(id(account))
-        if patient and gate is not None and account.spacing > 0:
-            when = max(when, account.eta(now, self._rivals(gate, turn, account.spacing, account)))
+        who, weight, urgent, back = turn.who, turn.weight, turn.urgency <= STOPS_MONEY, turn.returning
+        ahead = queue.ahead_of(who, weight, turn.urgency, back=back, more=more)
+        when = max(bucket.eta(now, ahead) for bucket in queue.buckets)
+        flow = queue.flows.get((who, turn.urgency))
+        own = more + (len(flow) if flow is not None and not back else 0)
+        account, gate = queue.account.bucket, self._gates.get(id(queue.account.bucket))
+        if gate is not None and account.spacing > 0 and not urgent:
+            rivals = gate.ahead_of(who, weight, own, lambda flow: _run(flow, account.spacing, account), back=back)
+            when = max(when, account.eta(now, rivals))
         if origin.limiter is not None:
             pace = 1.0 / origin.limiter.rate
-            rivals = self._rivals(origin, turn, pace) if patient else 0
+            rivals = 0 if urgent else origin.ahead_of(who, weight, own, lambda flow: _run(flow, pace), back=back)
             when = max(when, now + origin.limiter.delay() + pace * max(ahead, rivals))
         return when
-
-    def _rivals(self, order: Order[_Place], turn: Turn, pace: float, but: Bucket | None = None) -> int:
-        """An estimate of how many turns come before that of a request, where lines share a bucket of such a pace."""
-
-        def run(flow: Flow[_Place]) -> int:
-            # All of a flow that stands here go one after the other, if nothing else that they need is slower.
-            head = flow.head
-            assert head is not None
-            buckets = head.wait.queue.buckets
-            slower = any(one is not but and one.enforced and one.spacing > pace for one in buckets)
-            return 1 if slower else len(flow)
-
-        return order.ahead_of(turn.who, turn.weight, (lambda flow: 0) if turn.returning else run)
 
     # --- Learning -----------------------------------------------------------------------------------------------------
 
@@ -757,11 +792,21 @@ class Admission:
 
     def _look_again(self, origin: Origin, buckets: Iterable[Bucket]) -> None:
         """What these buckets allow became another thing: every line that takes from one is looked at anew."""
+        now = self.clock.now()
         for bucket in buckets:
             gate = self._gates.get(id(bucket))
-            for line in gate.lines if gate is not None else ():
-                for flow in line.flows.values():
-                    self._ready(origin, flow)
+            if gate is None:
+                continue
+            due = bucket.due(now)
+            late = [
+                flow
+                for line in gate.lines
+                for flow in line.flows.values()
+                if flow.head is not None and flow.head.wait.deadline < due < math.inf
+            ]
+            for flow in late:  # the others see it when they come forward
+                self._ready(origin, flow)
+            self._open(origin, gate, now)
 
     def _observe(
         self, queue: _Queue, route: Route, sends: tuple[Send, Send, Send], response: Response, wall: float
@@ -798,7 +843,11 @@ class Admission:
                 line.rules = (route, limits)
                 line.route.base = line.shared.base = self._rate(route)
         if rescoped:
-            # Who waits goes on in the line it is in; who comes from now on is counted by the new scope.
+            # Who waits goes on in the line it is in, at the pace of that; who comes from now on is counted by the new
+            # scope, for which a bucket that all keys shared is no more than a shadow.
+            for line in self._queues.values():
+                if line.key[0] == EVERYBODY and (line or line.out):
+                    self._buckets.pop(line.key, None)
             self._queues = {}
         for origin in self.origins.values():
             origin.slots = slots
@@ -1052,6 +1101,14 @@ class Admission:
             }
             for name, origin in self.origins.items()
         }
+
+
+def _run(flow: Flow[_Place], pace: float, but: Bucket | None = None) -> int:
+    """How many of a flow that stands at a bucket of that pace go one after the other there: all, if that is slowest."""
+    head = flow.head
+    assert head is not None
+    slower = any(one is not but and one.enforced and one.spacing > pace for one in head.wait.queue.buckets)
+    return 1 if slower else len(flow)
 
 
 def _in_use(bucket: Bucket) -> bool:

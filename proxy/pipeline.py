@@ -392,39 +392,42 @@ class Pipeline:
 
     async def _together(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """Join the flight that asks the same, or lead one."""
-        key = await self._key(known)
-        stale_allowed = known.asked.max_age is None
-        if not stale_allowed:
+        while True:
+            journey = self._journey(known, _share_coding(known.request), turn, exchange)
+            journey.stale_allowed = known.asked.max_age is None
+            fetched, collapsed = await self._joined(journey, watch)
+            if fetched is None:  # too large to be shared
+                return await self._alone(known, turn, exchange, watch)
+            late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
+            if not (collapsed and late and self.admission.in_time(turn, known.route, known.caller.credential)):
+                return self._told(fetched, known.request.headers, exchange, joined=journey.began if collapsed else None)
+            # The leader had come earlier, so its time was over first; ours is not. One of us leads now.
+            _note_share(fetched, exchange, journey.began)
+
+    async def _joined(self, journey: _Journey, watch: Watch) -> tuple[Fetched | None, bool]:
+        """What the flight brings that asks the same, and whether another leads it."""
+        key = await self._key(journey.known)
+        if not journey.stale_allowed:
             key = f"{key}!fresh"
-        journey = self._journey(known, _share_coding(known.request), turn, exchange)
-        journey.stale_allowed = stale_allowed
+        turn, lent_to = journey.turn, None
 
         def lead(flight: Flight[Fetched]) -> Coroutine[Any, Any, Fetched]:
             flight.about = turn
             return self._fetch(journey, flight)
 
-        leading: list[Turn] = []
-
         def joined(flight: Flight[Fetched]) -> None:
+            nonlocal lent_to
             if isinstance(flight.about, Turn) and flight.about is not turn:
                 # Whoever would have had its turn earlier by itself has it so.
-                leading.append(flight.about)
-                self.admission.lend(flight.about, turn)
+                lent_to = flight.about
+                self.admission.lend(lent_to, turn)
             watch(flight)
 
         try:
-            fetched, collapsed = await self.flights.join(key, lead, joined)
+            return await self.flights.join(key, lead, joined)
         finally:
-            for other in leading:
-                self.admission.take_back(other, turn)
-        if fetched is None:  # too large to be shared
-            return await self._alone(known, turn, exchange, watch)
-        late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
-        if collapsed and late and self.clock.now() < turn.deadline - 1.0:
-            # The leader had come earlier, so its time was over first; ours is not. One of us leads now.
-            _note_share(fetched, exchange, journey.began)
-            return await self._together(known, turn, exchange, watch)
-        return self._told(fetched, known.request.headers, exchange, joined=journey.began if collapsed else None)
+            if lent_to is not None:
+                self.admission.take_back(lent_to, turn)
 
     def _journey(
         self, known: Understood, request: Request, turn: Turn, exchange: Exchange, entry: Entry | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -1097,6 +1098,86 @@ async def test_who_is_next_at_its_deadline_is_not_told_to_wait_for_those_behind_
     held.close()
 
 
+async def test_who_has_work_waiting_for_a_slow_endpoint_saves_up_no_turns_for_others() -> None:
+    world = World(global_=Ceiling(rate=2.0, per=1.0, burst=5.0))
+    crowd(world, "batch", 500, TEN)
+    crowd(world, "b", 2000, FREE[0])
+    await asyncio.sleep(600.0)
+    crowd(world, "batch", 500, FREE[1])
+    await asyncio.sleep(0.1)
+    before = len(world.names)
+    crowd(world, "c", 1, FREE[0])
+    await asyncio.sleep(2.0)
+    assert "c" in world.names[before:]
+    await asyncio.sleep(10.0)
+    assert world.names[before:].count("b") >= 8
+
+
+async def test_who_waits_elsewhere_is_not_counted_as_before_one_that_comes() -> None:
+    world = World(global_=Ceiling(rate=2.0, per=1.0, burst=5.0), known="k", queue=QueueRules(max_wait=1e6))
+    for number in range(250):
+        await world.call("first", TEN, f"key {number}")
+        world.begin("parked", TEN, f"key {number}", turn=world.admission.arrive(who=f"{number}"))
+    await asyncio.sleep(20.0)
+    await world.call("b", FREE[0], turn=world.admission.arrive(20.0, who="b"))
+
+
+@pytest.mark.parametrize("scope", ["key", "auto"])
+async def test_a_line_of_all_keys_goes_on_at_its_pace_when_keys_are_counted_again(scope: Any) -> None:
+    world = World(scope="ip")
+    for number in range(20):
+        world.begin("old", TWO, f"key {number}")
+    await asyncio.sleep(5.0)
+    world.admission.reconfigure(replace(world.admission.limits, scope=scope), QueueRules(), 100)
+    before = len(world.sent)
+    await world.call("new", TWO, "k")
+    await asyncio.sleep(10.0)
+    assert world.names[before:].count("old") <= 6
+
+
+async def test_who_provokes_429s_pays_for_the_tokens_that_they_cost() -> None:
+    world = World()
+
+    async def provoke() -> None:
+        while True:
+            turn = world.admission.arrive(math.inf, who="a")
+            for _ in range(5):
+                with await world.admission.turn(turn, TWO, "k") as ticket:
+                    ticket.sent()
+                    ticket.answered(refused(b'{"retry_after": 2}'))
+            await world.call("a", TWO, turn=turn)
+
+    provoking = asyncio.ensure_future(provoke())
+    crowd(world, "b", 200, TWO)
+    await asyncio.sleep(1000.0)
+    provoking.cancel()
+    assert world.names.count("b") >= 2 * world.names.count("a") >= 2
+
+
+async def test_what_was_taken_with_nobody_waiting_is_not_given_back() -> None:
+    world = World()
+    tickets = [await world.granted(FREE[number]) for number in range(30)]
+    for ticket in tickets:
+        ticket.sent()
+    crowd(world, "b", 3, FREE[30])
+    for ticket in tickets:
+        ticket.answered(refused(headers=(("Retry-After", "5"),)))
+        ticket.close()
+    assert all(ticket._turn.owed is None for ticket in tickets)
+
+
+async def test_what_stops_money_has_room_of_its_own_in_a_full_line_but_no_end_of_it() -> None:
+    world = World(queue=QueueRules(max_waiting=10))
+    crowd(world, "a", 11, TWO)
+    await asyncio.sleep(0.1)
+    crowd(world, "stop", 0, TWO)
+    stops = [
+        world.begin("stop", TWO, turn=world.admission.arrive(math.inf, who="a", urgency=STOPS_MONEY)) for _ in range(12)
+    ]
+    ended = await asyncio.gather(*stops, return_exceptions=True)
+    assert [isinstance(end, Refusal) and end.code == "queue_full" for end in ended].count(True) == 2
+
+
 async def test_a_full_line_is_full_for_the_caller_who_filled_it() -> None:
     world = World(queue=QueueRules(max_waiting=10))
     crowd(world, "a", 11, TWO)
@@ -1165,7 +1246,8 @@ async def test_whatever_ends_a_wait_ends_it_at_all_of_its_places(end: str) -> No
     await asyncio.sleep(0.1)
     for who in "bcd":
         world.admission.lend(turn, world.admission.arrive(30.0, who=who))
-    assert len(world.admission._queue(TWO, "k")) == 4
+    assert len(list(world.admission._queue(TWO, "k"))) == 4
+    assert len(world.admission._queue(TWO, "k")) == 1
     assert world.state == (1, 1)
     match end:
         case "it leaves":
@@ -1180,7 +1262,7 @@ async def test_whatever_ends_a_wait_ends_it_at_all_of_its_places(end: str) -> No
     held.close()
     world.assert_idle()
     for origin in world.admission.origins.values():
-        assert (len(origin), origin.callers) == (0, 0)
+        assert (len(origin), bool(origin)) == (0, False)
 
 
 async def test_who_met_a_429_waits_again_at_all_of_its_places() -> None:

@@ -151,7 +151,9 @@ def admit(request: Request, team: TeamRules, keys: Keys, address: str = "") -> t
     member = team.members[name]
     passed_on = _swapped(request, token, keys[member.key].value)
     caller = identify(passed_on)
-    return passed_on, replace(caller, member=name, address=address, weight=member.weight)
+    # By the heaviest, so that a turn of no member is a small thing beside what an urgency is worth.
+    weight = member.weight / max(one.weight for one in team.members.values())
+    return passed_on, replace(caller, member=name, address=address, weight=weight)
 
 
 # --- What a member may do ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, Literal, TypeVar
@@ -57,18 +57,24 @@ TURNS_LATER = 2.0
 """By how many turns of every other caller each step of urgency puts a request back: late, but never starved."""
 SECONDS_LATER = 10.0
 """By how many seconds it puts one back among its own caller's: there too it is late, but never starved."""
+SECONDS_FIRST = 600.0
+"""By how many seconds what stops money running is moved forward among its own caller's."""
 
 
 class Place:
     """A request's place among all others: whose it is, how urgent, and when it came."""
 
-    __slots__ = ("left", "number", "urgency", "weight", "who")
+    __slots__ = ("left", "lent", "number", "urgency", "weight", "who")
 
-    def __init__(self, number: int, *, who: str = "", weight: float = 1.0, urgency: int = USUAL) -> None:
+    def __init__(
+        self, number: int, *, who: str = "", weight: float = 1.0, urgency: int = USUAL, lent: bool = False
+    ) -> None:
         self.number = number
         self.who = who
         self.weight = weight
         self.urgency = urgency
+        self.lent = lent
+        """It is one more place of a request that has a place of its own."""
         self.left = False
         """It no longer waits; its flow drops it when it meets it."""
 
@@ -113,6 +119,11 @@ class Flow(Generic[P]):
         return self._heap[0] if self._heap else None
 
     @property
+    def later(self) -> float:
+        """Seconds by which it is put back among its own caller's."""
+        return SECONDS_LATER * self.step - (SECONDS_FIRST if self.step <= STOPS_MONEY else 0.0)
+
+    @property
     def urgent(self) -> int:
         """How urgent it is: many usual requests of one caller are bulk, all of them, so that their order stays."""
         return BULK if self.urgency == USUAL and len(self) >= MANY else self.urgency
@@ -144,48 +155,58 @@ class Line(Generic[P]):
     Joining and leaving cost O(log n), amortised.
     """
 
-    __slots__ = ("_counts", "_waiting", "_weight", "flows")
+    __slots__ = ("_callers", "_counts", "flows")
 
     def __init__(self) -> None:
         self.flows: dict[tuple[str, int], Flow[P]] = {}
+        self._callers = Callers()
+        # Of each urgency, how many requests wait; places that are lent are none.
         self._counts = [0] * 8
-        # Of each caller who waits: with how many requests, and its weight.
-        self._waiting: dict[str, tuple[int, float]] = {}
-        self._weight = 0.0
 
     def __len__(self) -> int:
+        """Requests that wait here; places that are lent are none."""
         return sum(self._counts)
+
+    def __bool__(self) -> bool:
+        """Has anybody a place here?"""
+        return bool(self.flows)
 
     def __iter__(self) -> Iterator[P]:
         return (place for flow in self.flows.values() for place in flow)
 
-    def waiting_of(self, who: str) -> int:
-        """Requests of a caller that wait."""
-        return self._waiting.get(who, (0, 0.0))[0]
+    def waiting_of(self, who: str, urgency: int = 7) -> int:
+        """Places of a caller, lent ones among them, that are as urgent as that or more."""
+        return sum(len(self.flows.get((who, step), ())) for step in range(urgency + 1))
 
-    def ahead_of(self, who: str, weight: float, urgency: int = USUAL, *, own: int | None = None, more: int = 0) -> int:
-        """An estimate of how many turns come before that of a request which joins now.
+    def ahead_of(self, who: str, weight: float, urgency: int = USUAL, *, back: bool = False, more: int = 0) -> int:
+        """An estimate of how many turns come before that of a request which joins now, rather too few than too many.
 
-        `own`: so many of its caller's, if not all that are as urgent; `more`: so many others of its like come first.
+        `back`: it comes back to a place at the head of its own; `more`: so many others of its like come first.
         """
-        mine = [len(self.flows.get((who, step), ())) for step in range(8)]
-        own = (sum(mine[: urgency + 1]) if own is None else own) + more
-        others = sum(self._counts[: urgency + 1]) - sum(mine[: urgency + 1])
-        callers = len(self._waiting) - (who in self._waiting)
-        weights = max(0.0, self._weight - self._waiting.get(who, (0, 0.0))[1])
-        # Of every other caller one that came before, and as many as its weight gives it while these have their turns.
-        return own + min(others, callers + int(min(own * weights / weight, others)))
+        flow = self.flows.get((who, urgency))
+        own = more + (len(flow) if flow is not None and not back else 0)
+        if urgency <= STOPS_MONEY:
+            return own  # whom it overtakes is not ahead
+        if not back:
+            # Its caller's other flows take turns with this one, by the age of their heads.
+            step = flow.urgent if flow is not None else urgency
+            others = [self.flows.get((who, other)) for other in range(8) if other != urgency]
+            own += sum(min(len(other), own + 1) for other in others if other is not None and other.urgent <= step)
+        rest = sum(self._counts[: urgency + 1]) - self.waiting_of(who, urgency)
+        return own + self._callers.ahead_of(who, weight, own, rest)
 
     def join(self, place: P, now: float) -> Flow[P]:
         """Take a place; one that comes back takes its old one, by its number."""
+        usual = self.flows.get((place.who, USUAL)) if place.urgency == BULK else None
+        if usual is not None and usual.urgent == BULK:
+            place.urgency = USUAL  # these are bulk too, and so it overtakes none that came before
         flow = self.flows.get((place.who, place.urgency))
         if flow is None:
             flow = self.flows[place.who, place.urgency] = Flow(self, place.who, place.urgency)
         flow.push(place, now)
-        self._counts[place.urgency] += 1
-        own, known = self._waiting.get(place.who, (0, 0.0))
-        self._weight += place.weight - known
-        self._waiting[place.who] = own + 1, place.weight
+        self._callers.join(place.who, place.weight)
+        if not place.lent:
+            self._counts[place.urgency] += 1
         return flow
 
     def leave(self, place: P, now: float) -> Flow[P]:
@@ -194,14 +215,48 @@ class Line(Generic[P]):
         flow.drop(place, now)
         if not flow:
             del self.flows[place.who, place.urgency]
-        self._counts[place.urgency] -= 1
-        own, known = self._waiting[place.who]
-        if own > 1:
-            self._waiting[place.who] = own - 1, known
-        else:
-            del self._waiting[place.who]
-            self._weight = self._weight - known if self._waiting else 0.0
+        self._callers.leave(place.who)
+        if not place.lent:
+            self._counts[place.urgency] -= 1
         return flow
+
+
+class Callers:
+    """Who is somewhere, with how many, and with which weight."""
+
+    __slots__ = ("_known", "weight")
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, float]] = {}
+        self.weight = 0.0
+        """Of all together."""
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, who: str) -> bool:
+        return who in self._known
+
+    def join(self, who: str, weight: float) -> None:
+        """With one more; the weight is that of the last one."""
+        count, known = self._known.get(who, (0, 0.0))
+        self._known[who] = count + 1, weight
+        self.weight += weight - known
+
+    def leave(self, who: str) -> None:
+        """With one fewer."""
+        count, known = self._known[who]
+        if count > 1:
+            self._known[who] = count - 1, known
+        else:
+            del self._known[who]
+            self.weight = max(0.0, self.weight - known) if self._known else 0.0
+
+    def ahead_of(self, who: str, weight: float, own: int, rest: int) -> int:
+        """An estimate of how many of `rest`, the others', go before `own` of this caller's and one more have gone."""
+        weights = max(0.0, self.weight - self._known.get(who, (0, 0.0))[1])
+        # Of every other caller one that came before, and as many as its weight gives it while those have their turns.
+        return max(0, min(rest, len(self) - (who in self) + int(min(own * weights / weight, rest))))
 
 
 class Shares:
@@ -209,75 +264,62 @@ class Shares:
 
     A request of a caller starts when its last one has finished, or now if that is past; it finishes one turn, divided
     by the caller's weight, later. The lowest start goes first. Now is the start of who went last, and moves on by what
-    a turn is among all who wait and one more: so who comes now is before those who were served just now, but callers
-    who come anew all the time are not before those who were served once (as in WF2Q+, Bennett and Zhang 1997).
+    a turn is among all who stand there and one more: so who comes now is before those who were served just now, but
+    callers who come anew all the time are not before those who were served once (as in WF2Q+, Bennett and Zhang 1997).
     """
 
-    __slots__ = ("_count", "_most", "_starts", "_waiting", "_weight", "now")
+    __slots__ = ("_behind", "_most", "_starts", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._starts: dict[str, float] = {}
+        # Of each caller who is waiting and away: how far it was behind when it went.
+        self._behind: dict[str, float] = {}
         self._most = 64
-        # Of each caller who waits: with how many requests, and its weight.
-        self._waiting: dict[str, tuple[int, float]] = {}
-        self._count = 0
-        self._weight = 0.0
-
-    def __len__(self) -> int:
-        """Callers who wait."""
-        return len(self._waiting)
-
-    def ahead_of(self, who: str, weight: float, own: int) -> int:
-        """An estimate of how many requests of others have their turns before `own` of this caller's, and one more."""
-        mine, known = self._waiting.get(who, (0, 0.0))
-        others, weights = self._count - mine, max(0.0, self._weight - known)
-        # Of every other caller one that came before, and as many as its weight gives it while those have their turns.
-        return min(others, len(self._waiting) - (mine > 0) + int(min(own * weights / weight, others)))
 
     def start(self, who: str) -> float:
         """The start tag of its next request."""
         return self._starts.get(who, self.now)
 
-    def join(self, who: str, weight: float, again: bool = False) -> None:
-        """One more request of it waits. `again`: its last turn came to nothing, and shall not have counted."""
-        own, known = self._waiting.get(who, (0, 0.0))
-        self._waiting[who] = own + 1, weight
-        self._count += 1
-        self._weight += weight - known
-        start = self.start(who)
-        if again:
-            start -= 1.0 / weight
-        self._starts[who] = start if own or again else max(start, self.now)
+    def come(self, who: str) -> None:
+        """It takes its stand. While it was away, for something else kept it, it has saved up nothing."""
+        self._starts[who] = max(self.start(who), self.now - self._behind.pop(who, 0.0))
 
-    def leave(self, who: str) -> None:
-        """One of its requests waits no more."""
-        own, known = self._waiting[who]
-        self._count -= 1
-        if own > 1:
-            self._waiting[who] = own - 1, known
-            return
-        del self._waiting[who]
-        self._weight = self._weight - known if self._waiting else 0.0
+    def go(self, who: str) -> None:
+        """It stands here no more, and may come back at once."""
+        self._behind[who] = max(0.0, self.now - self.start(who))
+
+    def end(self, who: str, standing: Container[str]) -> None:
+        """None of its requests waits for this any more. `standing`: who stands here."""
+        self._behind.pop(who, None)
         if len(self._starts) > self._most:  # who has had no more than others is like one who never came
             self._starts = {
-                name: start for name, start in self._starts.items() if name in self._waiting or start > self.now
+                name: at
+                for name, at in self._starts.items()
+                if at > self.now or name in self._behind or name in standing
             }
             self._most = max(64, 2 * len(self._starts))
 
-    def served(self, who: str, weight: float) -> None:
-        """A request of it, which still waits, has its turn."""
+    def served(self, who: str, weight: float, among: float) -> None:
+        """A request of it has its turn. `among`: the weight of all who stand there."""
         start = self.start(who)
-        self.now = max(self.now + 1.0 / (self._weight + 1.0), start)
+        self.now = max(self.now + 1.0 / (among + 1.0), start)
         self._starts[who] = start + 1.0 / weight
+
+    def give_back(self, who: str, weight: float) -> None:
+        """Its last turn came to nothing, and shall not have counted."""
+        start = self.start(who)
+        self._starts[who] = start = max(start - 1.0 / weight, min(start, self.now - 1.0 / weight))
+        self._behind[who] = max(self._behind.get(who, 0.0), self.now - start)
 
 
 class _Standing(Generic[P]):
     """The flows of one caller in one order."""
 
-    __slots__ = ("entries", "flows", "steps", "version")
+    __slots__ = ("entries", "flows", "steps", "version", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
         # (when its head came there, and what its urgency adds; number of the head; tie-break; flow; its entry)
         self.entries: list[tuple[float, int, int, Flow[P], int]] = []
         self.flows = 0
@@ -290,53 +332,78 @@ class Order(Generic[P]):
 
     Between callers the start tag counts, put back by `TURNS_LATER` for each step of the urgency of the most urgent that
     a caller has here. Which of a caller's own goes is another matter: the one that has been the head of its flow for
-    longest, put back by `SECONDS_LATER` for each step. Everything costs O(log n), amortised.
+    longest, put back by `SECONDS_LATER` for each step, what stops money running `SECONDS_FIRST` forward. Everything but
+    an estimate costs O(log n), amortised.
+
+    To need and to stand are two things: a request needs every limit that its call meets, and stands at one of them.
     """
 
-    __slots__ = ("_callers", "_count", "_ranks", "_shares", "_ties")
+    __slots__ = ("_callers", "_count", "_needing", "_ranks", "_shares", "_ties", "_weight")
 
     def __init__(self) -> None:
         self._shares = Shares()
+        # Of each caller how many requests need what these wait for, wherever they stand.
+        self._needing: dict[str, int] = {}
         self._callers: dict[str, _Standing[P]] = {}
         # (start tag and what urgency adds; number of the head; tie-break; caller; its version)
         self._ranks: list[tuple[float, int, int, _Standing[P], int]] = []
         self._ties = 0
         self._count = 0
+        self._weight = 0.0
 
     def __len__(self) -> int:
         """Flows that stand here."""
         return self._count
 
-    @property
-    def callers(self) -> int:
-        """Who has anybody that needs what these wait for."""
-        return len(self._shares)
+    def __bool__(self) -> bool:
+        """Does anybody need what these wait for?"""
+        return bool(self._needing)
 
-    def ahead_of(self, who: str, weight: float, size: Callable[[Flow[P]], int]) -> int:
-        """An estimate of how many turns come before that of a request whose flow stands here now.
+    def ahead_of(
+        self, who: str, weight: float, most: int, size: Callable[[Flow[P]], int], *, back: bool = False
+    ) -> int:
+        """An estimate of how many turns come before that of a request, rather too few than too many.
 
-        `size`: how many requests of a flow that stands here will go one after the other.
+        It stands behind `most` of its own in a line. `size`: how many requests of a flow that stands here go one after
+        the other; `back`: it comes back to a place at the head of its own.
         """
         standing = self._callers.get(who)
-        entries = standing.entries if standing is not None else ()
-        own = sum(size(flow) for _, _, _, flow, entry in entries if entry == flow.entry)
-        return own + self._shares.ahead_of(who, weight, own)
+        entries = standing.entries if standing is not None and not back else ()
+        # The flows of a caller take turns, by the age of their heads.
+        own = sum(min(size(flow), most + 1) for _, _, _, flow, entry in entries if entry == flow.entry)
+        own = max(own, most)
+        mine, known = (standing.flows, standing.weight) if standing is not None else (0, 0.0)
+        weights = max(0.0, self._weight - known)
+        others = len(self._callers) - (standing is not None)
+        return own + min(self._count - mine, others + int(min(own * weights / weight, self._count)))
 
-    def join(self, place: Place, again: bool = False) -> None:
-        """One more request needs what these wait for, wherever it stands; `again`: it had a turn for nothing."""
-        self._shares.join(place.who, place.weight, again)
-        if again and place.who in self._callers:
-            self._rank(place.who)
+    def need(self, place: Place) -> None:
+        """One more request needs what these wait for, wherever it stands."""
+        self._needing[place.who] = self._needing.get(place.who, 0) + 1
 
-    def leave(self, place: Place) -> None:
+    def need_no_more(self, place: Place) -> None:
         """One fewer does."""
-        self._shares.leave(place.who)
+        left = self._needing[place.who] - 1
+        if left:
+            self._needing[place.who] = left
+        else:
+            del self._needing[place.who]
+            if place.who not in self._callers:
+                self._shares.end(place.who, self._callers)
 
     def served(self, place: Place) -> None:
-        """This one has its turn; it is yet to leave."""
-        self._shares.served(place.who, place.weight)
-        if place.who in self._callers:
+        """This one has its turn; it is yet to go."""
+        standing = self._callers.get(place.who)
+        among = self._weight if standing is not None else self._weight + place.weight
+        self._shares.served(place.who, place.weight, among)
+        if standing is not None:
             self._rank(place.who)
+
+    def give_back(self, who: str, weight: float) -> None:
+        """The last turn of a caller came to nothing, and shall not have counted."""
+        self._shares.give_back(who, weight)
+        if who in self._callers:
+            self._rank(who)
 
     def forget(self) -> None:
         """Nobody is here: nobody is behind anybody."""
@@ -351,10 +418,11 @@ class Order(Generic[P]):
         flow.entry += 1
         standing = self._callers.get(flow.who)
         if standing is None:
-            standing = self._callers[flow.who] = _Standing()
+            standing = self._callers[flow.who] = _Standing(head.weight)
+            self._shares.come(flow.who)
+            self._weight += head.weight
         self._ties += 1
-        key = flow.since + SECONDS_LATER * flow.step
-        heappush(standing.entries, (key, head.number, self._ties, flow, flow.entry))
+        heappush(standing.entries, (flow.since + flow.later, head.number, self._ties, flow, flow.entry))
         standing.flows += 1
         standing.steps[flow.step] += 1
         self._count += 1
@@ -373,6 +441,11 @@ class Order(Generic[P]):
         else:
             standing.version += 1
             del self._callers[flow.who]
+            if flow.who in self._needing:
+                self._shares.go(flow.who)
+            else:
+                self._shares.end(flow.who, self._callers)
+            self._weight = max(0.0, self._weight - standing.weight) if self._callers else 0.0
 
     def best(self) -> Flow[P] | None:
         """Which goes first; it stays."""

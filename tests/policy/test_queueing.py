@@ -65,12 +65,14 @@ class Lines:
         where = self.lines.setdefault(line, Line())
         self.where[place.number] = where
         flow = where.join(place, self.now)
-        self.order.join(place, again)
+        self.order.need(place)
+        if again:
+            self.order.give_back(place.who, place.weight)
         self._placed(flow)
 
     def leave(self, place: Place) -> None:
         flow = self.where[place.number].leave(place, self.now)
-        self.order.leave(place)
+        self.order.need_no_more(place)
         self._placed(flow)
 
     def _placed(self, flow: Flow[Place]) -> None:
@@ -175,8 +177,8 @@ def test_callers_who_left_are_forgotten() -> None:
         [place] = lines.come(f"{number}")
         lines.leave(place)
     [line] = lines.lines.values()
-    assert (len(line), len(line.flows), len(line._waiting)) == (1, 1, 1)
-    assert (len(lines.order), lines.order.callers, len(lines.order._callers)) == (1, 1, 1)
+    assert (len(line), len(line.flows), len(line._callers)) == (1, 1, 1)
+    assert (len(lines.order), len(lines.order._needing), len(lines.order._callers)) == (1, 1, 1)
     assert len(lines.order._ranks) < 100
     assert len(lines.order._shares._starts) < 100
 
@@ -418,6 +420,59 @@ def test_of_a_caller_of_whom_many_wait_none_overtakes_another() -> None:
         order.append(lines.pop().number)
         lines.come("a")
     assert order == list(range(100))
+
+
+def test_a_poll_does_not_overtake_those_of_whom_there_are_so_many_that_they_are_bulk() -> None:
+    lines = Lines()
+    many = lines.come("a", MANY)
+    [poll] = lines.come("a", urgency=BULK)
+    assert [lines.pop() for _ in range(MANY + 1)] == [*many, poll]
+
+
+def test_what_stops_money_goes_before_its_own_caller_s_older_work() -> None:
+    lines = Lines()
+    for number in range(20):
+        lines.come("a", 2, line=f"{number}")
+    for _ in range(10):
+        lines.pop(seconds=10.0)
+    [stop] = lines.come("a", urgency=STOPS_MONEY, line="stop")
+    assert lines.pop() is stop
+
+
+def test_even_what_stops_money_starves_no_other_call_of_its_caller() -> None:
+    lines = Lines()
+    [late] = lines.come("a")
+    gone: list[Place] = []
+    while late not in gone:
+        lines.come("a", urgency=STOPS_MONEY, line="stop")
+        gone.append(lines.pop())
+    assert 600 <= len(gone) <= 600 + 10 * (USUAL - STOPS_MONEY) + 2
+
+
+def test_who_waits_for_something_else_saves_up_nothing_meanwhile() -> None:
+    lines = Lines()
+    [parked] = lines.come("a", line="elsewhere")
+    flow = lines.lines["elsewhere"].flows["a", USUAL]
+    lines.order.go(flow)  # another limit keeps it
+    lines.come("b", 700)
+    lines.turns(600)
+    lines.order.stand(flow)
+    lines.come("a", 300)
+    assert lines.turns(20).count("b") == pytest.approx(10, abs=2)
+    assert parked.left
+
+
+def test_those_who_wait_for_something_else_do_not_slow_down_the_time() -> None:
+    lines = Lines()
+    for number in range(500):
+        lines.come(f"parked {number}", line="elsewhere")
+        lines.order.go(lines.lines["elsewhere"].flows[f"parked {number}", USUAL])
+    lines.come("a", 2)
+    turns = ""
+    for _ in range(12):
+        lines.come("new" + "!" * len(turns))
+        turns += lines.pop().who[0]
+    assert turns.count("a") == 2
 
 
 def test_many_of_one_caller_are_bulk_beside_another_s_few() -> None:
