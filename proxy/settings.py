@@ -194,6 +194,8 @@ class Settings:
     """Where these settings came from, for logs."""
     team_keys: Mapping[str, Secret] = field(default_factory=dict)
     """What `team.keys` names, as read with the settings."""
+    team_digest: str = ""
+    """Equal for the same of these; empty without a team."""
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:
@@ -221,12 +223,18 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         team_keys = _read_team(root.team, routes, environ, found)
         _check_tls(root.tls, found)
         if not (is_loopback(root.listen.host) or root.team or root.allow_open):
-            found.faults.append(Fault(found.place(("listen",)), f"listen: {_OPEN.format(root.listen)}"))
+            found.faults.append(Fault(found.place(("listen",)), f"listen: {OPEN.format(root.listen)}"))
     if found.faults or root is None or routes is None:
         raise SettingsError("\n".join(str(fault) for fault in sorted(found.faults, key=lambda fault: fault.place)))
 
     sections = {name: getattr(root, name) for name in _sections()}
-    settings = Settings(**sections, routes=routes, source=_source(path, layers), team_keys=team_keys)
+    settings = Settings(
+        **sections,
+        routes=routes,
+        source=_source(path, layers),
+        team_keys=team_keys,
+        team_digest=members.digest_of(team_keys),
+    )
     if settings.state.file is None:
         settings = dataclasses.replace(settings, state=StateRules(default_state_file(environ)))
     return settings
@@ -495,7 +503,7 @@ def _check_tls(tls: TlsRules, found: Layer) -> None:
         found.faults.append(Fault(found.place(("tls",)), f"tls: {error}"))
 
 
-_OPEN = (
+OPEN = (
     "{} is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
     "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
 )
@@ -546,7 +554,7 @@ def _mend(table: dict[str, Any], key: Key) -> bool:
 # --- What may be written: pydantic models made from the dataclasses ---------------------------------------------------
 
 
-_NOT_SECTIONS = ("routes", "source", "team_keys")
+_NOT_SECTIONS = ("routes", "source", "team_keys", "team_digest")
 
 
 def _sections() -> dict[str, Any]:
@@ -777,7 +785,8 @@ _SHAPES = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a 
 
 
 def _dotted(key: Key) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    """The way to a value. What is named by who writes the settings may be what ought to have been the value."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_masked(part)}" for part in key).removeprefix(".")
 
 
 def _shown(value: object) -> str:
