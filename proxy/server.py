@@ -141,7 +141,6 @@ class Server(web.Server):
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = self._clock.now()
-        self.clients.coming(self._connection(request))
         given = request.headers.get("X-Request-ID")
         kept = given is not None and self._may_be_shown(given, request)
         exchange = Exchange(given if kept and given else next(self._request_ids), began, request.method)
@@ -555,6 +554,8 @@ class _Connection(RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         self.look()
         told = await super().finish_response(request, resp, start_time)
+        if self._messages:
+            self._server.clients.coming(self)  # the next one, which has yet to be let in
         transport = self.transport
         if transport is not None and transport.get_write_buffer_size():
             self.look()
