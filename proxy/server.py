@@ -116,8 +116,8 @@ class Server(web.Server):
 
     @property
     def answering(self) -> bool:
-        """Is there a request that is let in, and not answered yet?"""
-        return any(one._request_in_progress and self.clients.is_busy(one) for one in self.clients)
+        """Is there a request that is whole and let in, and not answered yet?"""
+        return any(one.answering and self.clients.is_busy(one) for one in self.clients)
 
     def cut_short(self) -> None:
         """Answer whoever still waits: there is no more time."""
@@ -510,6 +510,12 @@ class _Connection(RequestHandler):
         if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
             request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+
+    @property
+    def answering(self) -> bool:
+        """It has a request, and all of it."""
+        request = self._current_request
+        return self._request_in_progress and request is not None and request.content.is_eof()
 
     def _read_ahead(self) -> int:
         """Bytes of bodies whose turn has not come: nobody counts them yet, so they must stay few."""

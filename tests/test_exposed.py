@@ -267,6 +267,11 @@ async def test_the_body_of_a_member_who_is_known_by_the_head_does_not_make_room(
         async with await Wire.to(gateway) as late:
             assert (await late.answer()).status == 503
         assert (await wire.ask(b"}")).status == 200
+        await wire.send(request(SSH, f"Authorization: Bearer {TOKEN}", "Content-Length: 2", method="GET", body=b"{"))
+        await asyncio.sleep(1)
+        began = gateway.now()
+        await gateway.app.stop(30)
+        assert gateway.now() - began < 2, "but the end does not wait for it either"
 
 
 async def test_who_is_held_back_holds_no_body(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
