@@ -485,7 +485,8 @@ async def test_one_that_was_done_and_redirected_to_nowhere_counts_and_is_not_don
         gateway = await team_before(start, tmp_path, upstream, ada={"spends_per_day": 1})
         own = {"Idempotency-Key": "one"}
         for _ in range(2):
-            assert (await gateway.put("/api/v0/asks/1/", {}, key=ADA, headers=own)).status == 403
+            told = await gateway.put("/api/v0/asks/1/", {}, key=ADA, headers=own)
+            assert (told.status, told.body) == (403, b"")
         assert (await gateway.put("/api/v0/asks/2/", {}, key=ADA)).json["error"] == "spends_used_up"
         assert [seen.line.split(" ")[0] for seen in upstream.seen] == ["PUT", "GET"]
 

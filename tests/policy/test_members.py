@@ -407,6 +407,8 @@ def test_what_looks_like_a_denied_route_is_denied_and_what_looks_like_a_granted_
     assert "deny" in told("PATCH", f"{PATH}7/", deny=("DELETE /api/v0/instances/{any}",))
     assert "deny" in told("GET", "/api/v1/ssh/", deny=("GET /api/v0/ssh/",))
     assert told("PATCH", "/api/v0/users/", grant=("PUT /api/v0/users/",))
+    assert told("PUT", "/api/v0/team/roles/4_2/", grant=("PUT /api/v0/team/roles/{id}/",))
+    assert "needs to be granted" in told("GET", "/api/v0/team/invite/")
     assert not told("GET", "/api/v0/team/roles/my%20role/", grant=("GET /api/v0/team/roles/{name}/",))
     for name in ("x%5C..%5C..%5Cauth", "..%252f..%252fauth", "a;b", "%00", "%20a", "%D8%B1"):
         assert "plainly" in told("GET", f"/api/v0/team/roles/{name}/", grant=("GET /api/v0/team/roles/{name}/",))
@@ -432,6 +434,7 @@ def test_what_is_denied_is_closed_and_what_is_granted_is_open_however_the_parame
         ("POST", "/api/v0/asks/bulk/", b'{"ids": []}', 1),
         ("POST", "/api/v0/asks/bulk/", b"[", 1),
         ("POST", "/api/v0/asks/bulk/", b'{"ids": [%s1]}' % (b"1," * 40_000), 40_001),
+        ("POST", "/api/v0/asks/bulk/", b'{"ids": [1], "x": "%s"}' % (b"," * 70_000), 70_002),
         ("POST", "/route/", b"{}", 0),
         ("POST", "/update_workers/", b"{}", 1),
         ("POST", "/api/v0/something/new/", b"{}", 1),
