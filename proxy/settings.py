@@ -107,7 +107,7 @@ class ServerRules:
     max_body: Bytes = 32 * 1024 * 1024
     """The largest request body; a larger one is refused with 413."""
     max_bodies: Bytes = 256 * 1024 * 1024
-    """Request bodies in memory, all clients together; beyond it 503."""
+    """Request bodies in memory, all clients together; beyond it the one goes that is not whole for longest, or 503."""
     keepalive: Seconds = 75.0
     """How long an idle connection of a client is kept."""
     header_timeout: Seconds = 15.0
@@ -117,7 +117,7 @@ class ServerRules:
     send_timeout: Seconds = 60.0
     """How long a client may take nothing of its answer; 0: no limit."""
     max_connections: Count = 4096
-    """Connections of clients at once; beyond it the one that is idle longest goes, or the new one gets 503."""
+    """Connections of clients at once; beyond it the one goes that is idle, or sends its body, for longest, or 503."""
 
 
 @dataclass(frozen=True, slots=True)
