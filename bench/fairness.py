@@ -21,7 +21,7 @@ from proxy.admission import Admission
 from proxy.clock import Clock
 from proxy.policy.limiting import LimitRules
 from proxy.policy.messages import Request, Response
-from proxy.policy.queueing import USUAL, QueueRules, urgency, usual_or_bulk
+from proxy.policy.queueing import USUAL, QueueRules, urgency
 from proxy.settings import load
 
 SEED = 1
@@ -48,11 +48,7 @@ async def simulate(who_of: Callable[[str], str]) -> dict[str, list[float]]:
     async def one(at: float, name: str, weight: float, what: tuple[str, str]) -> None:
         await asyncio.sleep(at)
         who, route = who_of(name), ROUTES.match(*what)
-        step: int | None = USUAL
-        if who == name:
-            step = urgency(route, Request(*what, ()))
-        if step is None:
-            step = usual_or_bulk(admission.waiting_of(who, route, "k"), polled=False)
+        step = urgency(route, Request(*what, ())) if who == name else USUAL
         turn = admission.arrive(math.inf, who=who, weight=weight if who == name else 1.0, urgency=step)
         with await admission.turn(turn, route, "k") as ticket:
             ticket.sent()

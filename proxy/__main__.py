@@ -73,7 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="as JSON; with --watch one object a line")
+    status.add_argument("--all", action="store_true", help="all lines and limits, not only the first 200")
+    health = add(
+        "health", _health, "ask the proxy of these settings on this machine whether it answers; 1: it does not"
+    )
+    health.add_argument("--listen", metavar="HOST:PORT", help="as it was given to `serve`")
     add("routes", _routes, "print the table of endpoints as understood, with the settings applied")
+    told = "print every setting, with its unit, default, environment variable and meaning"
+    words = commands.add_parser("settings", help=told, description=told, allow_abbrev=False)
+    words.add_argument("name", metavar="NAME", nargs="?", default="", help="only this one, or this section: queue")
+    words.set_defaults(command=_settings)
     tokens = commands.add_parser("token", help="make gateway tokens for team mode", allow_abbrev=False)
     of_tokens = tokens.add_subparsers(title="commands", metavar="COMMAND", required=True)
     new = of_tokens.add_parser(
@@ -172,13 +181,26 @@ def _status(options: argparse.Namespace) -> int:
 
     url = options.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     try:
-        show(url, os.environ.get(TOKEN_VARIABLE, ""), watch=options.watch, as_json=options.json)
+        show(url, os.environ.get(TOKEN_VARIABLE, ""), watch=options.watch, as_json=options.json, whole=options.all)
     except StatusError as error:
         print(f"vast-proxy: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         if not options.watch:
             raise
+    return OK
+
+
+def _health(options: argparse.Namespace) -> int:
+    from .health import Unwell, ask
+    from .settings import SettingsError, listen_address
+
+    try:
+        listen = listen_address(options.config, os.environ, {"listen": options.listen}).here
+        print(f"{ask(listen.host, listen.port)} answers")
+    except (SettingsError, Unwell) as error:
+        _complain(error)
+        return FAILED  # also where others are MISUSED: to Docker anything but 0 and 1 has no meaning
     return OK
 
 
@@ -195,6 +217,17 @@ def _routes(options: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return OK
+
+
+def _settings(options: argparse.Namespace) -> int:
+    from .reference import reference
+
+    told = reference(options.name)
+    if not told:
+        print(f"vast-proxy: there is no setting {options.name!r:.80}", file=sys.stderr)
+        return MISUSED
+    print(told, end="")
     return OK
 
 

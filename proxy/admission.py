@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from heapq import heapify, heappop, heappush, heapreplace, nlargest
+from heapq import heapify, heappop, heappush, nlargest
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,7 +34,7 @@ from .policy.limiting import (
     read_refusal,
 )
 from .policy.messages import Response
-from .policy.queueing import USUAL, Line, Place, QueueRules, Shares, later
+from .policy.queueing import STOPS_MONEY, USUAL, Flow, Line, Order, Place, QueueRules
 from .policy.retrying import PASSING
 from .policy.routing import Effect, Route
 
@@ -46,27 +46,69 @@ MOST_BUCKETS, MOST_KNOWN = 20_000, 10_000
 KEPT_FOR = 7 * 24 * 3600.0
 """Seconds for which a credential that does not come back is remembered over restarts."""
 SWEEP_EVERY = 60.0
+MOST_LENT = 64
+"""Other callers, and urgencies, at whose places a shared call may go."""
 CALLERS_SHOWN = 5
 """Of those who wait in a line, by how many of their requests do."""
 
 
-class Turn(Place):
+_NOTHING_LENT: Mapping[tuple[str, int], list[Turn]] = {}
+
+
+class Turn:
     """One request's wait for its turn, and its place for every further attempt."""
 
-    __slots__ = ("charged", "granted", "refusal", "returning", "since", "waiter")
+    __slots__ = ("deadline", "lent", "number", "returning", "served", "urgency", "wait", "weight", "who")
 
     def __init__(
         self, number: int, deadline: float, *, who: str = "", weight: float = 1.0, urgency: int = USUAL
     ) -> None:
-        super().__init__(number, deadline, who=who, weight=weight, urgency=urgency)
-        self.waiter: asyncio.Future[None] | None = None
+        self.number = number
+        self.deadline = deadline
+        self.who = who
+        self.weight = weight
+        self.urgency = urgency
+        self.returning = False
+        """It has waited before, and comes back to its old place."""
+        self.served = False
+        """It had a turn."""
+        self.lent = _NOTHING_LENT
+        """Other turns at whose places it may go as well, by whose and how urgent they are."""
+        self.wait: _Wait | None = None
+        """While it waits."""
+
+
+class _Wait:
+    """One attempt's wait: at one place, or at several of which the first that comes counts."""
+
+    __slots__ = ("charged", "deadline", "future", "granted", "origin", "places", "queue", "refusal", "since")
+
+    def __init__(self, origin: Origin, queue: _Queue, deadline: float, since: float) -> None:
+        self.origin = origin
+        self.queue = queue
+        self.deadline = deadline
+        self.since = since
+        self.places: list[_Place] = []
+        """Empty once it is over."""
+        self.future: asyncio.Future[None] | None = None
         self.granted = False
         self.charged: Limiter | None = None
         self.refusal: Refusal | None = None
-        self.returning = False
-        """It had a turn before, and comes back to its old place."""
-        self.since = 0.0
-        """When it began to wait."""
+
+    @property
+    def gone(self) -> bool:
+        """Its caller has left in this very tick, and has not yet come to say so."""
+        return self.future is not None and self.future.done()
+
+
+class _Place(Place):
+    """A place that leads back to whom it is for."""
+
+    __slots__ = ("wait",)
+
+    def __init__(self, turn: Turn, wait: _Wait) -> None:
+        super().__init__(turn.number, who=turn.who, weight=turn.weight, urgency=turn.urgency)
+        self.wait = wait
 
 
 class Account:
@@ -94,10 +136,10 @@ class Account:
         return not self.in_flight and not self.waiting and self.bucket.idle(now)
 
 
-class _Queue(Line[Turn]):
+class _Queue(Line[_Place]):
     """The line of one credential at one route, with the buckets that a call of it takes from."""
 
-    __slots__ = ("account", "buckets", "key", "listed", "out", "route", "rules", "shared", "version")
+    __slots__ = ("account", "buckets", "key", "out", "route", "rules", "shared", "waits")
 
     def __init__(self, key: tuple[str, str, str], route: Bucket, shared: Bucket, account: Account) -> None:
         super().__init__()
@@ -110,58 +152,29 @@ class _Queue(Line[Turn]):
         """What its rate was made from."""
         self.out = 0
         """Turns granted and not yet closed."""
-        # Entries of the dispatcher's heaps with an older version are void.
-        self.version = 0
-        # The head's number under which it stands in the dispatcher's `ready`, or None.
-        self.listed: int | None = None
+        self.waits = 0
+        """Requests that wait here: fewer than there are places, where some wait at several."""
 
     def may_go(self, now: float) -> bool:
         """Does every bucket have a token, and the account's window room?"""
         return self.account.open() and all(bucket.due(now) <= now + EPSILON for bucket in self.buckets)
 
 
-Rank = tuple[float, int]
-"""Where a head stands among those of other lines: its start tag and what its urgency adds, its number."""
+class _Gate(Order[_Place]):
+    """Where flows stand that wait for one bucket: only the best is let on to the dispatcher.
 
-
-class _Order:
-    """Lines that wait for the same thing, by their heads: callers share it by weight, as they do a line."""
-
-    __slots__ = ("shares",)
-
-    def __init__(self) -> None:
-        self.shares = Shares()
-
-    def rank(self, head: Turn) -> Rank:
-        """Of a head that comes now."""
-        return self.shares.start(head.who) + later(head.urgency), head.number
-
-    def again(self, rank: Rank, head: Turn) -> Rank:
-        """Of one that has stood here: put back if its caller was served meanwhile."""
-        return max(rank[0], self.shares.finished(head.who) + later(head.urgency)), rank[1]
-
-    def served(self, head: Turn) -> None:
-        """It has its turn."""
-        self.shares.served(head.who, head.weight, self.shares.start(head.who))
-
-
-class _Gate(_Order):
-    """Where lines stand that wait for one bucket: only the first in order is let on to the dispatcher.
-
-    So it costs the same whether ten or ten thousand wait for it. One line may be on its way from each gate.
+    So it costs the same whether ten or ten thousand wait for it.
     """
 
-    __slots__ = ("account", "blocked", "bucket", "door", "users")
+    __slots__ = ("account", "bucket", "door", "lines")
 
     def __init__(self, bucket: Bucket, account: Account | None) -> None:
         super().__init__()
         self.bucket = bucket
         self.account = account
         """Whose window counts here too, if this is the account's own bucket."""
-        self.users: set[_Queue] = set()
-        """Lines that hold somebody and take from this bucket."""
-        self.blocked: list[tuple[Rank, int, _Queue, int]] = []
-        """Those that wait here: rank of the head, tie-break, line, its version."""
+        self.lines: set[_Queue] = set()
+        """Those that hold somebody and take from this bucket."""
         self.door: float | None = None
         """When the dispatcher will look here next."""
 
@@ -215,8 +228,10 @@ class Limiter(AsyncLimiter):
         self._level = min(self._level, self.max_rate)
 
 
-class Origin(_Order):
-    """One upstream's dispatcher. Owns its ceiling, its slots, and the lines that wait for it."""
+class Origin(Order[_Place]):
+    """One upstream's dispatcher. Owns its ceiling, its slots, and who stands at them: whose buckets have a token."""
+
+    __slots__ = ("in_flight", "limiter", "name", "slots", "timed", "timer", "waiting")
 
     def __init__(self, name: str, slots: int) -> None:
         super().__init__()
@@ -225,12 +240,9 @@ class Origin(_Order):
         self.limiter: Limiter | None = None
         self.in_flight = 0
         self.waiting = 0
-        # (rank of the head, tie-break, line, its version), and the gates by the time at which they are due.
-        self.ready: list[tuple[Rank, int, _Queue, int]] = []
         self.timed: list[tuple[float, int, _Gate]] = []
+        """Gates by the time at which they are due."""
         self.timer: asyncio.TimerHandle | None = None
-        self.listed = 0
-        """Lines that stand in `ready`: its void entries not counted."""
 
     def set_ceiling(self, ceiling: Ceiling | None) -> None:
         if ceiling is not None and self.limiter is not None:
@@ -368,61 +380,138 @@ class Admission:
         queue = self._queue(route, credential)
         if not origin.waiting and queue.may_go(now) and origin.delay() <= 0:
             # Nobody waits and nothing is in the way: the same grant without a line.
-            turn.returning = True
+            turn.returning = turn.served = True
             return Ticket(self, origin, queue, route, self._charge(origin, queue))
         expected = self._expected(origin, queue, now, turn)
         if expected > until:
             raise too_long(queue, expected - now, until - now)
         own = queue.waiting_of(turn.who)
-        if own >= self.rules.max_waiting and not turn.returning:
+        if own >= self.rules.max_waiting and not turn.returning and turn.urgency > STOPS_MONEY:
             raise Refusal(429, "queue_full", f"{own} requests wait for {route.name} already; try again later", 30)
-        turn.returning = True
-        waiting = Turn(turn.number, until, who=turn.who, weight=turn.weight, urgency=turn.urgency)
-        waiting.start = turn.start
-        waiting.since = now
-        self._join(origin, queue, waiting)
-        if waiting.refusal is not None:
-            raise waiting.refusal
-        if not waiting.granted:
-            await self._wait(origin, queue, waiting, route)
-        turn.start = waiting.start
-        return Ticket(self, origin, queue, route, waiting.charged)
+        wait = turn.wait = _Wait(origin, queue, until, now)
+        try:
+            self._join(turn, wait)
+            if wait.refusal is not None:
+                raise wait.refusal
+            if not wait.granted:
+                await self._wait(wait, route)
+        finally:
+            turn.returning = True
+            turn.wait = None
+        turn.served = True
+        return Ticket(self, origin, queue, route, wait.charged)
 
-    def _join(self, origin: Origin, queue: _Queue, waiting: Turn) -> None:
-        queue.join(waiting)
-        origin.waiting += 1
-        queue.account.waiting += 1
+    def lend(self, turn: Turn, other: Turn) -> None:
+        """`other` waits for the same call as `turn`: it goes at the better of their places, and counts for its owner.
+
+        To be taken back when `other` waits no more.
+        """
+        lent = turn.lent.get((other.who, other.urgency))
+        if lent is not None:
+            lent.append(other)
+        elif len(turn.lent) < MOST_LENT and (other.who != turn.who or other.urgency < turn.urgency):
+            turn.lent = {**turn.lent, (other.who, other.urgency): [other]}
+            if turn.wait is not None and turn.wait.places and not turn.wait.gone:
+                self._stand(turn.wait, other, again=False)
+                self._dispatch(turn.wait.origin)
+
+    def take_back(self, turn: Turn, other: Turn) -> None:
+        """It waits no more for the call of `turn`. Further calls change nothing."""
+        lent = turn.lent.get((other.who, other.urgency), [])
+        if other not in lent:
+            return
+        lent.remove(other)
+        if not lent:
+            turn.lent = {key: turns for key, turns in turn.lent.items() if turns}
+            wait = turn.wait
+            if wait is None:
+                return
+            for place in [place for place in wait.places if (place.who, place.urgency) == (other.who, other.urgency)]:
+                wait.places.remove(place)
+                self._unstand(wait, place)
+                self._serve(wait.origin, wait.queue, self.clock.now())
+                self._dispatch(wait.origin)
+
+    def _join(self, turn: Turn, wait: _Wait) -> None:
+        wait.origin.waiting += 1
+        wait.queue.waits += 1
+        wait.queue.account.waiting += 1
+        for one in (turn, *(lent[0] for lent in turn.lent.values())):
+            self._stand(wait, one, again=turn.served and one is turn)
+        self._dispatch(wait.origin)
+
+    def _stand(self, wait: _Wait, turn: Turn, *, again: bool) -> None:
+        """Take a place in line. `again`: the turn that it had came to nothing."""
+        origin, queue = wait.origin, wait.queue
+        place = _Place(turn, wait)
+        wait.places.append(place)
+        flow = queue.join(place, self.clock.now())
         for bucket in queue.buckets:
             gate = self._gates.get(id(bucket))
             if gate is None:
                 account = queue.account if bucket is queue.account.bucket else None
                 gate = self._gates[id(bucket)] = _Gate(bucket, account)
-            gate.users.add(queue)
-        if queue.head() is waiting:
-            self._ready(origin, queue)
-            self._dispatch(origin)
+            gate.lines.add(queue)
+            gate.join(place, again)
+        origin.join(place, again)
+        self._placed(origin, flow, anew=flow.head is place)
 
-    async def _wait(self, origin: Origin, queue: _Queue, waiting: Turn, route: Route) -> None:
-        waiting.waiter = asyncio.get_running_loop().create_future()
+    def _unstand(self, wait: _Wait, place: _Place) -> None:
+        """Out of the line."""
+        origin, queue = wait.origin, wait.queue
+        head = queue.flows[place.who, place.urgency].head
+        flow = queue.leave(place, self.clock.now())
+        origin.leave(place)
+        for bucket in queue.buckets:
+            gate = self._gates[id(bucket)]
+            gate.leave(place)
+        self._placed(origin, flow, anew=head is place)
+        if not queue:
+            for bucket in queue.buckets:
+                gate = self._gates[id(bucket)]
+                gate.lines.discard(queue)
+                if not gate.lines:
+                    del self._gates[id(bucket)]
+
+    def _placed(self, origin: Origin, flow: Flow[_Place], *, anew: bool) -> None:
+        """Somebody joined or left it: if that changed what it stands for, it takes another stand."""
+        if not flow:
+            if flow.order is not None:
+                flow.order.go(flow)
+        elif anew or flow.order is None or flow.step != flow.urgent:
+            self._ready(origin, flow)
+
+    def _over(self, wait: _Wait) -> None:
+        """It waits no more, at none of its places."""
+        places, wait.places = wait.places, []
+        for place in places:
+            self._unstand(wait, place)
+        wait.queue.waits -= 1
+        wait.queue.account.waiting -= 1
+        wait.origin.waiting -= 1
+        if not wait.origin.waiting:
+            wait.origin.forget()
+
+    async def _wait(self, wait: _Wait, route: Route) -> None:
+        wait.future = asyncio.get_running_loop().create_future()
         timer = None
-        if waiting.deadline < math.inf:
-            timer = self.clock.call_at(waiting.deadline, self._late, origin, queue, waiting)
+        if wait.deadline < math.inf:
+            timer = self.clock.call_at(wait.deadline, self._late, wait)
         try:
-            await waiting.waiter
+            await wait.future
         except asyncio.CancelledError:
             # The turn may have come, or been refused, in the very tick in which the caller left.
-            if waiting.granted:
-                Ticket(self, origin, queue, route, waiting.charged).close()
-            elif not waiting.left:
-                self._leave(origin, queue, waiting)
-                self._dispatch(origin)
-            elif not waiting.waiter.cancelled():
-                waiting.waiter.exception()
+            if wait.granted:
+                Ticket(self, wait.origin, wait.queue, route, wait.charged).close()
+            elif wait.places:
+                self._leave(wait)
+                self._dispatch(wait.origin)
+            elif not wait.future.cancelled():
+                wait.future.exception()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            waiting.waiter = None
 
     def plan(self, route: Route, caller: Caller, calls: int) -> dict[str, Any]:
         """In how many seconds the first and the last of so many calls would go, if they came now: an estimate."""
@@ -461,38 +550,25 @@ class Admission:
                 self._open(origin, gate, now)
 
     def _open(self, origin: Origin, gate: _Gate, now: float) -> None:
-        blocked, head = gate.blocked, None
-        while blocked:
-            rank, tie, queue, version = blocked[0]
-            head = queue.head() if version == queue.version else None
-            if head is None:
-                heappop(blocked)
-                continue
-            again = gate.again(rank, head)
-            if again == rank:
-                break
-            heapreplace(blocked, (again, tie, queue, version))
-        if head is None:
+        flow = gate.best()
+        head = flow.head if flow is not None else None
+        if flow is None or head is None:
             return
         due = gate.due(now)
-        if due <= now + EPSILON or head.deadline < due < math.inf:  # to its turn, or to be turned away
-            self._ready(origin, heappop(blocked)[2])
+        if due <= now + EPSILON or head.wait.deadline < due < math.inf:  # to its turn, or to be turned away
+            self._ready(origin, flow)
         elif due < math.inf and (gate.door is None or due < gate.door):
             gate.door = due
             heappush(origin.timed, (due, next(self._ties), gate))
 
-    def _ready(self, origin: Origin, queue: _Queue) -> None:
-        head = queue.head()
-        if head is None or queue.listed == head.number:
-            return
-        queue.version += 1
-        if queue.listed is None:
-            origin.listed += 1
-        queue.listed = head.number
-        heappush(origin.ready, (origin.rank(head), next(self._ties), queue, queue.version))
+    def _ready(self, origin: Origin, flow: Flow[_Place]) -> None:
+        """To the dispatcher, who will see whether its buckets have a token."""
+        if flow.order is not None:
+            flow.order.go(flow)
+        origin.stand(flow)
 
     def _dispatch(self, origin: Origin) -> None:
-        """Grant every turn that can be granted now, oldest arrival first; set the timer for the next."""
+        """Grant every turn that can be granted now, the best first; set the timer for the next."""
         now = self.clock.now()
         while origin.timed and origin.timed[0][0] <= now + EPSILON:
             due, _, gate = heappop(origin.timed)
@@ -500,46 +576,25 @@ class Admission:
                 gate.door = None
                 self._open(origin, gate, now)
         wake = math.inf
-        while origin.ready:
-            rank, tie, queue, version = origin.ready[0]
-            if version != queue.version:
-                heappop(origin.ready)
+        while (flow := origin.best()) is not None:
+            head = flow.head
+            assert head is not None
+            queue = head.wait.queue
+            if head.wait.gone:
+                self._leave(head.wait)
                 continue
-            head = queue.head()
-            if head is None:
-                heappop(origin.ready)
-                self._unlist(origin, queue)
-                self._serve(origin, queue, now)
-                continue
-            if head.waiter is not None and head.waiter.done():
-                # Its caller has left in this very tick and has not yet come to say so.
-                heappop(origin.ready)
-                self._unlist(origin, queue)
-                self._leave(origin, queue, head)
-                self._serve(origin, queue, now)
-                continue
-            again = origin.again(rank, head)
-            if again != rank:
-                heapreplace(origin.ready, (again, tie, queue, version))
-                continue
-            if self._park(origin, queue, head, now):
+            if self._park(origin, queue, flow, head.wait, now):
                 continue
             wait = origin.delay()
             if wait > 0:
                 wake = now + wait
                 break
-            heappop(origin.ready)
-            self._unlist(origin, queue)
-            self._grant(origin, queue)
-            self._ready(origin, queue)
+            self._grant(origin, queue, head)
             self._serve(origin, queue, now)
         # Void entries are dropped where they are met, or all at once when they are the most.
         if len(origin.timed) > 64 + 4 * len(self._gates):
             origin.timed = [entry for entry in origin.timed if entry[0] == entry[2].door]
             heapify(origin.timed)
-        if len(origin.ready) > 64 + 4 * origin.listed:
-            origin.ready = [entry for entry in origin.ready if entry[3] == entry[2].version]
-            heapify(origin.ready)
         if not origin.waiting:
             origin.timed.clear()  # gates that nobody stands at any more
         if origin.timed:
@@ -550,13 +605,8 @@ class Admission:
         if wake < math.inf:
             origin.timer = self.clock.call_at(wake, self._dispatch, origin)
 
-    def _unlist(self, origin: Origin, queue: _Queue) -> None:
-        if queue.listed is not None:
-            queue.listed = None
-            origin.listed -= 1
-
-    def _park(self, origin: Origin, queue: _Queue, head: Turn, now: float) -> bool:
-        """If its turn has not come: out of `ready`, to the gate that keeps it the longest. True: so it was."""
+    def _park(self, origin: Origin, queue: _Queue, flow: Flow[_Place], wait: _Wait, now: float) -> bool:
+        """If its turn has not come: to the gate that keeps it the longest. True: so it was."""
         latest, at = -math.inf, None
         for bucket in queue.buckets:
             gate = self._gates[id(bucket)]
@@ -565,28 +615,25 @@ class Admission:
                 latest, at = due, gate
         if at is None or latest <= now + EPSILON:
             return False
-        heappop(origin.ready)
-        self._unlist(origin, queue)
-        queue.version += 1
-        if head.deadline < latest < math.inf:
-            self._turn_away(origin, queue, head, too_long(queue, latest - now, head.deadline - now))
-            self._ready(origin, queue)
+        if wait.deadline < latest < math.inf:
+            self._turn_away(wait, too_long(queue, latest - now, wait.deadline - now))
         else:
-            heappush(at.blocked, (at.rank(head), next(self._ties), queue, queue.version))
-        # It took nothing, so whoever stands behind it at any of its gates comes forward.
-        self._serve(origin, queue, now)
+            origin.go(flow)
+            at.stand(flow)
+            # It took nothing, so whoever stands behind it at any of its gates comes forward.
+            self._serve(origin, queue, now)
         return True
 
-    def _grant(self, origin: Origin, queue: _Queue) -> None:
-        turn = queue.pop()
-        turn.granted = True
-        origin.served(turn)
+    def _grant(self, origin: Origin, queue: _Queue, place: _Place) -> None:
+        wait = place.wait
+        wait.granted = True
+        origin.served(place)
         for bucket in queue.buckets:
-            self._gates[id(bucket)].served(turn)
-        self._waits_no_more(origin, queue)
-        turn.charged = self._charge(origin, queue)
-        if turn.waiter is not None:
-            turn.waiter.set_result(None)
+            self._gates[id(bucket)].served(place)
+        self._over(wait)
+        wait.charged = self._charge(origin, queue)
+        if wait.future is not None:
+            wait.future.set_result(None)
 
     def _charge(self, origin: Origin, queue: _Queue) -> Limiter | None:
         """Take a token of everything that a call of this line touches, and a slot. The ceiling it was taken from."""
@@ -599,57 +646,62 @@ class Admission:
             origin.limiter.take()
         return origin.limiter
 
-    def _leave(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
-        queue.leave(turn)
-        self._waits_no_more(origin, queue)
-        self._ready(origin, queue)
+    def _leave(self, wait: _Wait) -> None:
+        """It goes without a turn: whoever stood behind it comes forward."""
+        self._over(wait)
+        self._serve(wait.origin, wait.queue, self.clock.now())
 
-    def _turn_away(self, origin: Origin, queue: _Queue, turn: Turn, refusal: Refusal) -> None:
-        queue.leave(turn)
-        self._waits_no_more(origin, queue)
-        turn.refusal = refusal
-        if turn.waiter is not None and not turn.waiter.done():
-            turn.waiter.set_exception(refusal)
+    def _turn_away(self, wait: _Wait, refusal: Refusal) -> None:
+        self._leave(wait)
+        wait.refusal = refusal
+        if wait.future is not None and not wait.future.done():
+            wait.future.set_exception(refusal)
 
-    def _waits_no_more(self, origin: Origin, queue: _Queue) -> None:
-        origin.waiting -= 1
-        if not origin.waiting:
-            origin.shares = Shares()
-        queue.account.waiting -= 1
-        if not queue:
-            for bucket in queue.buckets:
-                gate = self._gates.get(id(bucket))
-                if gate is not None:
-                    gate.users.discard(queue)
-                    if not gate.users:
-                        del self._gates[id(bucket)]
-
-    def _late(self, origin: Origin, queue: _Queue, turn: Turn) -> None:
+    def _late(self, wait: _Wait) -> None:
         """The deadline came before the turn."""
-        if turn.waiter is None or turn.waiter.done():
+        if not wait.places or wait.gone:
             return
         now = self.clock.now()
-        wait = self._expected(origin, queue, now, turn) - now
-        self._turn_away(origin, queue, turn, too_long(queue, wait, 0.0))
-        self._ready(origin, queue)
-        self._dispatch(origin)
+        first = wait.places[0]
+        turn = Turn(first.number, math.inf, who=first.who, weight=first.weight, urgency=first.urgency)
+        turn.returning = wait.queue.flows[first.who, first.urgency].head is first
+        expected = self._expected(wait.origin, wait.queue, now, turn) - now
+        self._turn_away(wait, too_long(wait.queue, expected, 0.0))
+        self._dispatch(wait.origin)
 
     def _expected(self, origin: Origin, queue: _Queue, now: float, turn: Turn, more: int = 0) -> float:
-        """When a turn taken now would come, by who is before it; one who comes back has nobody before.
+        """When a turn taken now would come, by who is before it: an estimate, rather too early than too late.
 
-        `more`: so many of its like come before it.
+        `more`: so many of its like come before it. One who had a turn comes back to before everybody.
         """
-        returning = turn.returning
-        ahead = 0 if returning else queue.ahead_of(turn.who, turn.weight, more)
-        when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead))
         account = queue.account.bucket
-        if account.spacing > 0:
-            gate = self._gates.get(id(account))
-            rivals = 0 if returning or gate is None else len(gate.users) - 1
-            when = max(when, account.eta(now, ahead + rivals))
-        if origin.limiter is not None and not returning:
-            when = max(when, now + origin.limiter.delay() + (origin.listed + more) / origin.limiter.rate)
+        if turn.served:
+            return max(bucket.eta(now, 0) for bucket in queue.buckets)
+        own = 0 if turn.returning else None
+        ahead = queue.ahead_of(turn.who, turn.weight, turn.urgency, own=own, more=more)
+        when = max(queue.route.eta(now, ahead), queue.shared.eta(now, ahead), account.eta(now, ahead))
+        patient = turn.urgency > STOPS_MONEY
+        gate = self._gates.get(id(account))
+        if patient and gate is not None and account.spacing > 0:
+            when = max(when, account.eta(now, self._rivals(gate, turn, account.spacing, account)))
+        if origin.limiter is not None:
+            pace = 1.0 / origin.limiter.rate
+            rivals = self._rivals(origin, turn, pace) if patient else 0
+            when = max(when, now + origin.limiter.delay() + pace * max(ahead, rivals))
         return when
+
+    def _rivals(self, order: Order[_Place], turn: Turn, pace: float, but: Bucket | None = None) -> int:
+        """An estimate of how many turns come before that of a request, where lines share a bucket of such a pace."""
+
+        def run(flow: Flow[_Place]) -> int:
+            # All of a flow that stands here go one after the other, if nothing else that they need is slower.
+            head = flow.head
+            assert head is not None
+            buckets = head.wait.queue.buckets
+            slower = any(one is not but and one.enforced and one.spacing > pace for one in buckets)
+            return 1 if slower else len(flow)
+
+        return order.ahead_of(turn.who, turn.weight, (lambda flow: 0) if turn.returning else run)
 
     # --- Learning -----------------------------------------------------------------------------------------------------
 
@@ -707,8 +759,9 @@ class Admission:
         """What these buckets allow became another thing: every line that takes from one is looked at anew."""
         for bucket in buckets:
             gate = self._gates.get(id(bucket))
-            for line in gate.users if gate is not None else ():
-                self._ready(origin, line)
+            for line in gate.lines if gate is not None else ():
+                for flow in line.flows.values():
+                    self._ready(origin, flow)
 
     def _observe(
         self, queue: _Queue, route: Route, sends: tuple[Send, Send, Send], response: Response, wall: float
@@ -765,19 +818,20 @@ class Admission:
 
     def _look_at_all(self) -> None:
         for line in self._waiting_lines():
-            self._ready(self.origins[line.key[1]], line)
+            for flow in line.flows.values():
+                self._ready(self.origins[line.key[1]], flow)
         for origin in self.origins.values():
             self._dispatch(origin)
 
     def _waiting_lines(self) -> set[_Queue]:
-        return {line for gate in self._gates.values() for line in gate.users}
+        return {line for gate in self._gates.values() for line in gate.lines}
 
     def turn_all_away(self, refusal: Refusal) -> None:
         """The end: who waits is told so, and so is who comes."""
         self.over = refusal
         for line in self._waiting_lines():
-            while (head := line.head()) is not None:
-                self._turn_away(self.origins[line.key[1]], line, head, refusal)
+            for wait in {place.wait for place in line}:
+                self._turn_away(wait, refusal)
 
     def is_refused(self, route: Route, credential: str) -> bool:
         """Is the vendor refusing these calls at present? Else a wait is our own line's doing."""
@@ -824,7 +878,12 @@ class Admission:
             kept = self._restored.pop(" ".join(key), None)
             if kept is not None:
                 bucket.load(kept, self.clock.now(), self.clock.wall())
+        held = bucket.enforced
         bucket.always(enforced, forget=self.limits.scope == "key")
+        if held and not bucket.enforced:
+            origin = self.origins[key[1]]
+            self._look_again(origin, (bucket,))  # nobody waits for it any more
+            self._dispatch(origin)
         return bucket
 
     def _restore_account(self, key: str, account: Account) -> None:
@@ -907,7 +966,7 @@ class Admission:
             accounts = nlargest(most, accounts, key=lambda item: item[1].bucket.last_sent)
         for (who, upstream, template), bucket in sorted(used):
             yield _shown(who, upstream, template, bucket, now) | {
-                "waiting": len(self._queues.get((who, upstream, template), ()))
+                "waiting": queue.waits if (queue := self._queues.get((who, upstream, template))) is not None else 0
             }
         for (who, upstream), account in sorted(accounts):
             yield _shown(who, upstream, "account", account.bucket, now) | {
@@ -920,7 +979,7 @@ class Admission:
         """Every line that somebody stands in, the longest first, for people. `most`: only so many of them."""
         now = self.clock.now()
         lines = self._waiting_lines()
-        for line in nlargest(len(lines) if most is None else most, lines, key=len):
+        for line in nlargest(len(lines) if most is None else most, lines, key=lambda line: line.waits):
             who, upstream, name = line.key
             origin = self.origins[upstream]
             due = self._due(origin, line, now)
@@ -928,14 +987,14 @@ class Admission:
                 "credential": shown(who),
                 "upstream": upstream,
                 "route": name,
-                "waiting": len(line),
-                "oldest_for": round(max((now - one.since for one in line.heads()), default=0.0), 3),
+                "waiting": line.waits,
+                "oldest_for": round(max((now - place.wait.since for place in line), default=0.0), 3),
                 "held_by": self._held_by(origin, line, now),
                 "due_in": None if due == math.inf else round(max(0.0, due - now), 3),
                 "newcomer_in": round(max(0.0, self._expected(origin, line, now, Turn(0, math.inf)) - now), 3),
                 "callers": [
-                    {"caller": shown(name), "waiting": count, "urgency": urgency}
-                    for name, urgency, count in nlargest(CALLERS_SHOWN, line.callers(), key=lambda item: item[2])
+                    {"caller": shown(flow.who), "waiting": len(flow), "urgency": flow.urgent}
+                    for flow in nlargest(CALLERS_SHOWN, line.flows.values(), key=len)
                 ],
             }
 
@@ -954,7 +1013,7 @@ class Admission:
                 "upstream": upstream,
                 "route": name,
                 "waiting": line.waiting_of(caller.who),
-                "of": len(line),
+                "of": line.waits,
                 "next_in": None if due == math.inf else round(max(0.0, due - now), 3),
                 "one_more_in": round(max(0.0, self._expected(origin, line, now, turn) - now), 3),
             }

@@ -15,7 +15,8 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +32,18 @@ from .policy.breaking import Breaker
 from .policy.errors import Refusal
 from .policy.exposure import is_loopback
 from .server import Server
-from .settings import OPEN, Listen, LogRules, Settings, SettingsError
+from .settings import OPEN, Listen, LogRules, Settings, SettingsError, kept, need_restart
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
-from .window import SHOWN, Window
+from .window import STEP, Window
 
 if TYPE_CHECKING:  # an extra, imported where it is wanted
     from .tracing import Tracing
 
 log = logging.getLogger(__name__)
+SHOWN = 200
+"""Lines, limits of routes and limits of accounts that are shown, where not all are asked for."""
 SAVE_EVERY = 2.0
 """Seconds between two writes of the state file, while there is something to write."""
 ORIGINS_KEPT = 8
@@ -68,6 +71,7 @@ class App:
     ) -> None:
         """Inside a running loop. `wall`, `tls` and `chance` are for tests: the date, whom to trust, the jitter."""
         self.settings = settings
+        self._kept = kept(settings)
         self.clock = Clock(wall)
         self._tls = tls
         self._state = StateFile(settings.state.file)
@@ -89,11 +93,12 @@ class App:
             Spends(self.clock, spends_of(settings.state.file)),
         )
         self._listed = frozenset(route.name for route in settings.routes)
-        self.metrics = Metrics(lambda: self._status(LIMITS_SHOWN), lambda name: name in self._listed)
-        self.window = Window(self.clock, lambda: {**self._status(SHOWN), "totals": self.admin.counted.shown()})
+        self.instance = f"{random.getrandbits(64):016x}"
+        self.metrics = Metrics(self._in_numbers, lambda name: name in self._listed)
+        self.window = Window(self.clock, lambda: self._status() | {"totals": self.admin.counted.shown()})
         pages = {"/_proxy/metrics": self.metrics.answer} | self.window.pages("/_proxy")
         own = Own(self.admission, lambda: self.settings.routes)
-        self.admin = Admin(self._status, lambda: self._ready, pages, own.pages("/_proxy"))
+        self.admin = Admin(self._status, SHOWN, lambda: self._ready, pages, own.pages("/_proxy"))
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
             self.clock,
@@ -102,6 +107,7 @@ class App:
             self.admin,
             request_ids(),
             (self.access.observe, self.admin.counted.observe, self.metrics.observe, self.window.observe),
+            (self.admin.counted.tried, self.metrics.tried, self.window.tried),
         )
         self.tracing: Tracing | None = None
         self._ready = False
@@ -180,23 +186,12 @@ class App:
         if not (is_loopback(self.address.host) or settings.team or settings.allow_open):
             msg = f"listen: the address in use stays {self.address} until a restart, and {OPEN.format(self.address)}"
             raise SettingsError(msg)
-        kept: list[str] = []
         before, self.settings = self.settings, settings
-        if before.listen != settings.listen:
-            kept.append("listen")
-        if (before.tls.cert is None) != (settings.tls.cert is None):
-            kept.append("tls")
-        elif self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
+        if self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
             try:
                 certificates.renew(self._certificate, settings.tls.cert, settings.tls.key)
             except ValueError as error:
                 log.error("the certificate in use stays: %s", error)
-        if before.state != settings.state:
-            kept.append("state.file")
-        if before.tracing != settings.tracing:
-            kept.append("tracing")
-        if before.server.keepalive != settings.server.keepalive:
-            kept.append("server.keepalive")
         if before.upstreams != settings.upstreams:
             old, self.upstream = self.upstream, Upstream(settings.upstreams, self._tls)
             self.pipeline.upstream = self.upstream
@@ -215,14 +210,19 @@ class App:
         self.access.configure(settings.log.level, settings.log.format)
         self._listed = frozenset(route.name for route in settings.routes)
         self.pipeline.settings = settings
-        return kept
+        return need_restart(self._kept, settings)
 
     async def _save_now_and_then(self) -> None:
+        looked_at = -STEP
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_EVERY):
                     await self._stopping.wait()
             self.ledger.keep()
+            if self.admission.waiting and self.clock.now() >= looked_at + STEP:
+                looked_at = self.clock.now()
+                oldest = max((one["oldest_for"] for one in self.admission.lines_waiting()), default=0.0)
+                self.window.waits(oldest)
             state = self.admission.dump()
             if self._state.differs(state):
                 await asyncio.to_thread(self._state.write, state, self._origins())
@@ -230,10 +230,35 @@ class App:
     def _origins(self) -> dict[str, str]:
         return {"api": self.settings.upstreams.api, "serverless": self.settings.upstreams.serverless}
 
-    def _status(self, most: int | None = None) -> Mapping[str, Any]:
-        """What is so at this moment. `most`: only so many lines, and limits of routes and of accounts."""
+    def _status(self, most: int | None = SHOWN) -> dict[str, Any]:
+        """What is so at this moment, of lists the first what matters most.
+
+        `most`: only so many lines, limits of routes and limits of accounts; None: all.
+        """
+        lines = sorted(self.admission.lines_waiting(), key=itemgetter("oldest_for"), reverse=True)
+        # One more than is wanted, to see whether there are more.
+        limits = sorted(self.admission.limits_known(None if most is None else most + 1), key=_interest)
+        routes = [limit for limit in limits if limit["route"] != "account"]
+        accounts = [limit for limit in limits if limit["route"] == "account"]
+        cut = {"lines": len(lines), "limits": max(len(routes), len(accounts))}
+        return self._numbers() | {
+            "line_count": len(lines),
+            "cut": [name for name, count in cut.items() if most is not None and count > most],
+            "lines": lines[:most],
+            "limits": routes[:most] + accounts[:most],
+        }
+
+    def _in_numbers(self) -> Mapping[str, Any]:
+        """For metrics: of what waits the sums, and the limits that were used last."""
+        return self._numbers() | {
+            "waits": waits(self.admission.lines_waiting()),
+            "limits": list(self.admission.limits_known(LIMITS_SHOWN)),
+        }
+
+    def _numbers(self) -> dict[str, Any]:
         return {
             "version": __version__,
+            "instance": self.instance,
             "uptime": round(self.clock.now() - self._started, 1),
             "settings": self.settings.source,
             "upstreams": self._origins(),
@@ -250,9 +275,22 @@ class App:
                 "evictions": self.store.evictions,
             },
             "origins": self.admission.ceilings(),
-            "lines": list(self.admission.lines_waiting(most)),
-            "limits": list(self.admission.limits_known(most)),
         }
+
+
+def waits(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Of each upstream and route, how many wait in these lines, and for how many seconds the longest of them."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for line in lines:
+        key = (line["upstream"], line["route"])
+        count, oldest = found.get(key, (0, 0.0))
+        found[key] = (count + line["waiting"], max(oldest, line["oldest_for"]))
+    return found
+
+
+def _interest(limit: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """What people look for comes first: where somebody waits, what was learned, what is used most."""
+    return not limit["waiting"], limit["source"] != "learned" and not limit["correction"], -limit["sends"]
 
 
 class StateFile:
@@ -436,13 +474,11 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     except BaseException:
         await app.upstream.close()
         raise
-    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(app.address.host)  # noqa: S104 - compared, not bound
     scheme = "http" if settings.tls.cert is None else "https"
-    url = f"{scheme}://{Listen(loopback, app.address.port) if loopback else app.address}"
     print(f"vast-proxy {__version__} listens on {scheme}://{app.address} for {settings.upstreams.api}", flush=True)
-    elsewhere = "   (elsewhere: this machine's name)" if loopback else ""
-    print(f"Point clients at it:  export VAST_URL={url}{elsewhere}", flush=True)
+    # A client on this machine reaches what listens everywhere by the loopback address; any other, by this one's name.
+    elsewhere = "   (elsewhere: this machine's name)" if app.address.is_everywhere else ""
+    print(f"Point clients at it:  export VAST_URL={scheme}://{app.address.here}{elsewhere}", flush=True)
     # What is there now stays, and what a request makes goes with it: the collector need not look so often.
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

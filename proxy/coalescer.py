@@ -18,7 +18,7 @@ Call: TypeAlias = Callable[["Flight[T]"], Coroutine[object, object, T]]
 class Flight(Generic[T]):
     """One call under way and those who wait for it."""
 
-    __slots__ = ("busy", "keep", "members", "taken", "task")
+    __slots__ = ("about", "busy", "keep", "members", "taken", "task")
 
     def __init__(self) -> None:
         self.members = 0
@@ -27,6 +27,8 @@ class Flight(Generic[T]):
         self.busy = False
         """Set by the call itself: it is past waiting, its answer may come at any moment."""
         self.taken = False
+        self.about: object = None
+        """What whoever begins it notes for those who join."""
         self.task: asyncio.Task[T] | None = None
         """None: whoever waits for it makes the call itself."""
 

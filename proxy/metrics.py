@@ -1,4 +1,4 @@
-"""Prometheus metrics: counted and timed from exchanges as they end, read from the status when somebody asks.
+"""Prometheus metrics: counted from exchanges and tries as they end, read from the status when somebody asks.
 
 Names and units as Prometheus wants them. Labels are bounded: route templates, never paths; templates of routes that
 stand in no table are words of clients, so only the first few of them get a name of their own; of limits, which each
@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .policy.messages import CacheStatus, Exchange, Response
+from .policy.errors import CODES
+from .policy.messages import SAVING, CacheStatus, Exchange, Response, Step
 
 UNLISTED_NAMED = 50
 """Routes that stand in no table and get a label of their own; all further ones are OTHER together."""
@@ -31,7 +32,8 @@ WAITS = (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 60
 CALLS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 Status = Callable[[], Mapping[str, Any]]
-"""What is so at this moment: the fields of /_proxy/status."""
+"""What is so at this moment: the fields of /_proxy/status, and `waits`: of each upstream and route, how many requests
+wait and for how many seconds the longest of them."""
 
 
 class _Series:
@@ -63,29 +65,36 @@ class Metrics:
         self._known: dict[tuple[str, str, str], _Series] = {}
         self._unlisted: set[tuple[str, str]] = set()
         self._bytes_out = 0
-        self._errors: dict[str, int] = {}
-        self.registry.register(_Counts(self._known, self._errors, lambda: self._bytes_out))
-        self.registry.register(_Now(status, lambda name: self._labels(name, listed=listed(name))))
+        # What is counted from 1 on has no increase when it first happens: so whatever may come is there before.
+        self._errors = dict.fromkeys(CODES, 0)
+        self._saved = dict.fromkeys(SAVING, 0)
+        # The present first: it begins the counts of routes that somebody waits for, and has sent nothing yet.
+        self.registry.register(_Now(status, lambda name, upstream: self._met(name, upstream, listed=listed(name))))
+        self.registry.register(_Counts(self._known, self._errors, self._saved, lambda: self._bytes_out))
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
         if exchange.effect == "admin":
             return
-        series = self._known.get((exchange.method, exchange.route, exchange.origin))
-        if series is None:
-            series = self._series(exchange)
+        series = self._of(exchange)
         outcome = (exchange.status, exchange.cache)
         series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
         self._bytes_out += exchange.bytes_out
+        if exchange.saved:
+            self._saved[exchange.cache] += 1
         if exchange.code:
             self._errors[exchange.code] = self._errors.get(exchange.code, 0) + 1
         if exchange.attempts:
             series.calls.observe(exchange.upstream)
-            series.sends += exchange.attempts
-            series.refusals += exchange.refusals
-            series.retries += exchange.attempts - 1
         if exchange.attempts or (exchange.queued and exchange.cache is not CacheStatus.COLLAPSED):
             series.waits.observe(exchange.queued)
+
+    def tried(self, exchange: Exchange, step: Step) -> None:
+        """Count one try."""
+        series = self._of(exchange)
+        series.sends += 1
+        series.refusals += step.refused
+        series.retries += step.number > 1
 
     def text(self) -> bytes:
         """All of it, in the text format of Prometheus."""
@@ -95,9 +104,19 @@ class Metrics:
         """`text` as an answer."""
         return Response(200, (("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")), self.text())
 
-    def _labels(self, name: str, *, listed: bool) -> tuple[str, str]:
+    def _of(self, exchange: Exchange) -> _Series:
+        series = self._known.get((exchange.method, exchange.route, exchange.origin))
+        if series is None:
+            named = self._named(exchange.method, exchange.route, listed=exchange.listed)
+            series = self._series(*named, exchange.origin)
+        return series
+
+    def _met(self, name: str, upstream: str, *, listed: bool) -> tuple[str, str]:
+        """The labels of a route that is in use, by which it is counted from now on."""
         method, _, route = name.rpartition(" ")
-        return self._named(method, route, listed=listed)
+        labels = self._named(method, route, listed=listed)
+        self._series(*labels, upstream)
+        return labels
 
     def _named(self, method: str, route: str, *, listed: bool) -> tuple[str, str]:
         """The labels of a route. A request that was not understood has none, and its method is anybody's word."""
@@ -108,8 +127,7 @@ class Metrics:
         self._unlisted.add((method, route))
         return method, route
 
-    def _series(self, exchange: Exchange) -> _Series:
-        labels = (*self._named(exchange.method, exchange.route, listed=exchange.listed), exchange.origin)
+    def _series(self, *labels: *tuple[str, str, str]) -> _Series:
         series = self._known.get(labels)
         if series is None:
             series = self._known[labels] = _Series(labels, self._waits.labels(*labels), self._calls.labels(*labels))
@@ -119,9 +137,16 @@ class Metrics:
 class _Counts(Collector):
     """Counters: the numbers since the start."""
 
-    def __init__(self, known: Mapping[Any, _Series], errors: Mapping[str, int], bytes_out: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        known: Mapping[Any, _Series],
+        errors: Mapping[str, int],
+        saved: Mapping[CacheStatus, int],
+        bytes_out: Callable[[], int],
+    ) -> None:
         self._known = known
         self._errors = errors
+        self._saved = saved
         self._bytes_out = bytes_out
 
     def collect(self) -> Iterator[Metric]:
@@ -132,16 +157,13 @@ class _Counts(Collector):
         saved = _counter("calls_saved", "Requests answered without a call of their own.", "cache")
         errors = _counter("errors", "Errors of the proxy's own, by code.", "code")
         bytes_out = _counter("response_bytes", "Bytes of bodies given to clients.")
-        saved_by = dict.fromkeys((CacheStatus.HIT, CacheStatus.COLLAPSED, CacheStatus.STALE), 0)
         for series in self._known.values():
             for (status, cache), count in series.outcomes.items():
                 requests.add_metric([*series.labels, str(status), cache.value], count)
-                if cache in saved_by:
-                    saved_by[cache] += count
             sends.add_metric(series.labels, series.sends)
             refusals.add_metric(series.labels, series.refusals)
             retries.add_metric(series.labels, series.retries)
-        for cache, count in saved_by.items():
+        for cache, count in self._saved.items():
             saved.add_metric([cache.value], count)
         for code, count in self._errors.items():
             errors.add_metric([code], count)
@@ -152,7 +174,7 @@ class _Counts(Collector):
 class _Now(Collector):
     """Gauges, read from the status at the moment of a scrape."""
 
-    def __init__(self, status: Status, labels: Callable[[str], tuple[str, str]]) -> None:
+    def __init__(self, status: Status, labels: Callable[[str, str], tuple[str, str]]) -> None:
         self._status = status
         self._labels = labels
 
@@ -174,30 +196,34 @@ class _Now(Collector):
         yield _gauge("client_body_bytes", "Bytes of requests' bodies in memory.", clients["body_bytes"])
 
     def _of_upstreams(self, status: Mapping[str, Any]) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily(
-            "vast_proxy_waiting_requests", "Requests in line.", labels=["method", "route", "upstream"]
-        )
+        waiting = GaugeMetricFamily("vast_proxy_waiting_requests", "Requests in line.", labels=ROUTE)
         depths: dict[tuple[str, str, str], int] = {}
-        for line in status["lines"]:
-            labels = (*self._labels(line["route"]), str(line["upstream"]))
-            depths[labels] = depths.get(labels, 0) + line["waiting"]
+        longest = dict.fromkeys(status["origins"], 0.0)
+        for (upstream, name), (count, oldest) in status["waits"].items():
+            labels = (*self._labels(name, upstream), upstream)
+            depths[labels] = depths.get(labels, 0) + count
+            longest[upstream] = max(longest[upstream], oldest)
         for labels, depth in depths.items():
             waiting.add_metric(labels, depth)
         yield waiting
         by = ["upstream"]
         all_ = GaugeMetricFamily("vast_proxy_queue_depth", "Requests in line, all routes.", labels=by)
         flying = GaugeMetricFamily("vast_proxy_calls_in_flight", "Calls at upstream.", labels=by)
+        oldest_wait = GaugeMetricFamily(
+            "vast_proxy_oldest_wait_seconds", "How long the one in line has waited who has waited longest.", labels=by
+        )
         left = GaugeMetricFamily("vast_proxy_ceiling_tokens", "Calls the ceiling lets go at once.", labels=by)
         away = GaugeMetricFamily(
             "vast_proxy_away", "1: upstream, or a route of it, counts as away.", labels=["upstream"]
         )
         for upstream, origin in status["origins"].items():
             all_.add_metric([upstream], origin["waiting"])
+            oldest_wait.add_metric([upstream], longest[upstream])
             flying.add_metric([upstream], origin["in_flight"])
             if origin["tokens"] is not None:
                 left.add_metric([upstream], origin["tokens"])
             away.add_metric([upstream], float(bool(status["away"].get(upstream))))
-        yield from (all_, flying, left, away)
+        yield from (all_, oldest_wait, flying, left, away)
 
     def _of_limits(self, limits: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
         which = ["credential", "upstream", "method", "route"]
@@ -210,7 +236,7 @@ class _Now(Collector):
             if limit["route"] == "account":
                 method, route = "", "account"
             else:
-                method, route = self._labels(limit["route"])
+                method, route = self._labels(limit["route"], limit["upstream"])
             if route == OTHER:
                 continue
             labels = [limit["credential"], limit["upstream"], method, route]

@@ -20,7 +20,8 @@ from .policy.caching import Directives, Stored
 from .policy.errors import GIVE_UP_AFTER, Refusal, UpstreamError
 from .policy.identity import ANONYMOUS, Caller
 from .policy.limiting import MAX_429
-from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step
+from .policy.messages import CacheStatus, Exchange, Headers, Request, Response, Step, since
+from .policy.queueing import BULK, USUAL
 from .policy.routing import Route
 from .settings import Settings
 from .spends import Spend, Spends
@@ -109,8 +110,8 @@ class Understood:
     """By which a write says itself whether it is another one."""
     forbidden: Refusal | None = None
     """Why this member of the team may not ask for it."""
-    urgency: int | None = None
-    """How urgent it is by itself; None: as its caller's other requests make it."""
+    urgency: int = USUAL
+    """How urgent it is by itself."""
     call: Call = NO_CALL
     """What a breaker knows it by."""
     label: str = ""
@@ -138,12 +139,14 @@ class _Journey:
     """As it is sent."""
     turn: Turn
     began: float
+    exchange: Exchange
+    """Of whoever leads it: is told of its tries also when that one has left."""
+    waited: tuple[float, float]
+    """What that one waited for before, in line and at upstream: for a call that it shared in vain."""
     queued: bool = False
     """It has waited in line."""
     kept_off: float = 0.0
     """Seconds that it has waited for an upstream that is away."""
-    exchange: Exchange | None = None
-    """Of whoever leads it: is told of its tries also when that one has left."""
     entry: Entry | None = None
     """Of a write: where it is remembered."""
     spend: Spend | None = None
@@ -203,6 +206,8 @@ class Pipeline:
         self.upstream = upstream
         self.chance = chance
         self.spends = spends
+        self.tried: Callable[[Exchange, Step], None] = lambda exchange, step: None
+        """Told of each try that was sent, as it ends, and whose it was."""
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
         self._places_until = 0.0
         # Places given up unserved, kept a while for whoever comes back with the same request.
@@ -268,7 +273,7 @@ class Pipeline:
         """A fresh answer from the store, at once; None if there is none. Raises Refusal."""
         route, asked = known.route, known.asked
         exchange.route, exchange.caller, exchange.effect = route.template, known.label, route.effect
-        exchange.listed, exchange.origin = route.listed, route.upstream
+        exchange.listed, exchange.origin, exchange.address = route.listed, route.upstream, known.caller.address
         if known.forbidden is not None:
             raise known.forbidden.with_traceback(None)
         if route.refused:
@@ -310,7 +315,7 @@ class Pipeline:
 
     async def _alone(self, known: Understood, turn: Turn, exchange: Exchange, watch: Watch) -> Response:
         """A read that asks for an answer of its own."""
-        journey = _Journey(known, known.request, turn, self.clock.now(), exchange=exchange)
+        journey = self._journey(known, known.request, turn, exchange)
         if known.question is None:
             # Of no use to anybody else: it goes when its caller goes.
             flight: Flight[Fetched] = Flight()
@@ -319,15 +324,16 @@ class Pipeline:
             fetched = await self._fetch(journey, flight)
             if fetched.cache is CacheStatus.MISS:
                 fetched.cache = CacheStatus.BYPASS
-            return self._told(fetched, None, exchange, collapsed=False)
+            return self._told(fetched, None, exchange)
         landed, _ = await self.flights.join(None, lambda flight: self._fetch(journey, flight), watch)
         assert landed is not None  # nobody else can have taken it
-        return self._told(landed, known.request.headers, exchange, collapsed=False)
+        return self._told(landed, known.request.headers, exchange)
 
     async def _write(self, known: Understood, exchange: Exchange, watch: Watch) -> Response:
         """A call that changes something: sent, unless it is the same that was sent already and nobody has heard of."""
         request, route = known.request, known.route
         origin = _origin(known.settings, route)
+        began = self.clock.now()
         entry = self.ledger.open(guarding.describe(request, route, known.caller, origin, known.idempotency_key))
         try:
             fetched, adopted = None, True
@@ -335,8 +341,7 @@ class Pipeline:
                 fetched, adopted = await self.flights.join(
                     entry.name,
                     lambda flight: self._spending(
-                        _Journey(known, request, self._turn(known), self.clock.now(), exchange=exchange, entry=entry),
-                        flight,
+                        self._journey(known, request, self._turn(known), exchange, entry), flight
                     ),
                     watch,
                 )
@@ -349,7 +354,7 @@ class Pipeline:
         if fetched.cache is CacheStatus.MISS and not adopted:
             fetched.cache = CacheStatus.BYPASS
         try:
-            response = self._told(fetched, asked, exchange, collapsed=adopted)
+            response = self._told(fetched, asked, exchange, joined=began if adopted else None)
         except Refusal:
             self.ledger.told(entry)
             raise
@@ -398,17 +403,41 @@ class Pipeline:
         stale_allowed = known.asked.max_age is None
         if not stale_allowed:
             key = f"{key}!fresh"
-        journey = _Journey(
-            known, _share_coding(known.request), turn, self.clock.now(), exchange=exchange, stale_allowed=stale_allowed
-        )
-        fetched, collapsed = await self.flights.join(key, lambda flight: self._fetch(journey, flight), watch)
+        journey = self._journey(known, _share_coding(known.request), turn, exchange)
+        journey.stale_allowed = stale_allowed
+
+        def lead(flight: Flight[Fetched]) -> Coroutine[Any, Any, Fetched]:
+            flight.about = turn
+            return self._fetch(journey, flight)
+
+        leading: list[Turn] = []
+
+        def joined(flight: Flight[Fetched]) -> None:
+            if isinstance(flight.about, Turn) and flight.about is not turn:
+                # Whoever would have had its turn earlier by itself has it so.
+                leading.append(flight.about)
+                self.admission.lend(flight.about, turn)
+            watch(flight)
+
+        try:
+            fetched, collapsed = await self.flights.join(key, lead, joined)
+        finally:
+            for other in leading:
+                self.admission.take_back(other, turn)
         if fetched is None:  # too large to be shared
             return await self._alone(known, turn, exchange, watch)
         late = isinstance(fetched.outcome, Refusal) and fetched.outcome.code == "wait_too_long"
         if collapsed and late and self.clock.now() < turn.deadline - 1.0:
             # The leader had come earlier, so its time was over first; ours is not. One of us leads now.
+            _note_share(fetched, exchange, journey.began)
             return await self._together(known, turn, exchange, watch)
-        return self._told(fetched, known.request.headers, exchange, collapsed=collapsed)
+        return self._told(fetched, known.request.headers, exchange, joined=journey.began if collapsed else None)
+
+    def _journey(
+        self, known: Understood, request: Request, turn: Turn, exchange: Exchange, entry: Entry | None = None
+    ) -> _Journey:
+        waited = (exchange.queued, exchange.upstream)
+        return _Journey(known, request, turn, self.clock.now(), exchange, waited, entry=entry)
 
     # --- The place of one who comes back ------------------------------------------------------------------------------
 
@@ -422,10 +451,8 @@ class Pipeline:
                     return turn
         caller, urgency, now = known.caller, known.urgency, self.clock.now()
         last, known.seen.asked = known.seen.asked, now
-        if urgency is None:
-            polled = last is not None and now - last < POLLED_WITHIN
-            waiting = self.admission.waiting_of(known.call.caller, known.route, caller.credential)
-            urgency = queueing.usual_or_bulk(waiting, polled)
+        if urgency == USUAL and last is not None and now - last < POLLED_WITHIN:
+            urgency = BULK
         return self.admission.arrive(who=known.call.caller, weight=caller.weight, urgency=urgency)
 
     def _keep_place(self, known: Understood, turn: Turn) -> None:
@@ -436,19 +463,24 @@ class Pipeline:
         self._places[same] = places
         self._places_until = self.clock.now() + PLACE_KEPT_FOR
 
-    def _told(self, fetched: Fetched, asked: Headers | None, exchange: Exchange, *, collapsed: bool) -> Response:
-        """One member's view of what its flight brought. `asked`: its headers, if the answer is not for it alone."""
+    def _told(
+        self, fetched: Fetched, asked: Headers | None, exchange: Exchange, joined: float | None = None
+    ) -> Response:
+        """One member's view of what its flight brought.
+
+        `asked`: its headers, if the answer is not for it alone. `joined`: when it came to the call of another, whose
+        the tries are; who led it has been told of them.
+        """
         exchange.cache, exchange.was_stale = fetched.cache, fetched.was_stale
         exchange.stored, exchange.ttl, exchange.age = fetched.stored, fetched.ttl, fetched.age
-        exchange.queued, exchange.upstream = fetched.queued, fetched.upstream
-        if not collapsed:
-            _note_tries(fetched, exchange)
-        elif fetched.cache is CacheStatus.MISS:
-            exchange.cache = CacheStatus.COLLAPSED
+        if joined is not None:
+            _note_share(fetched, exchange, joined)
+            if fetched.cache is CacheStatus.MISS:
+                exchange.cache = CacheStatus.COLLAPSED
         if isinstance(fetched.outcome, Refusal):
             raise fetched.outcome.with_traceback(None)  # one instance, raised to every member
         response = fetched.outcome
-        if collapsed:
+        if joined is not None:
             response = replace(response, headers=caching.impersonal(response.headers))
         if asked is not None and response.rest is None and not caching.accepts_coding(asked, response.headers):
             response = caching.plain(response)
@@ -487,8 +519,7 @@ class Pipeline:
                 self.ledger.ended(entry, retrying.unknown(known.route, why, self._dates(entry)))
             raise
         finally:
-            if journey.exchange is not None:
-                _note_tries(fetched, journey.exchange)
+            _note_tries(fetched, journey)
             if not concluded:
                 if not journey.acted and isinstance(fetched.outcome, Refusal):
                     self._keep_place(known, journey.turn)
@@ -619,7 +650,7 @@ class Pipeline:
             flight.busy = True
 
         granted = clock.now()
-        held = False
+        held = too_often = False
         key = None
         outcome: Response | UpstreamError | None = None
         status = 0
@@ -643,7 +674,6 @@ class Pipeline:
         finally:
             ended = clock.now()
             fetched.upstream += ended - granted
-            fetched.steps += (Step(began, granted, ended, status),)
             if not held:
                 ticket.close()
             breaker = self.breakers[known.route.upstream]
@@ -651,8 +681,12 @@ class Pipeline:
                 breaker.given_back(leave, ended)
             else:
                 breaker.answered(leave, outcome, retrying.failed(outcome), ended)
-            if outcome is not None or ticket.sends is not None:  # else it was given up before it was sent
-                fetched.attempts += 1
+            sends = outcome is not None or ticket.sends is not None  # else it was given up before it was sent
+            fetched.attempts += sends
+            step = Step(began, granted, ended, status, fetched.attempts if sends else 0, too_often)
+            fetched.steps += (step,)
+            if sends:
+                self.tried(journey.exchange, step)
         if key is not None and caching.may_store(known.route, response):
             await self._keep(journey, key, response, granted)
             fetched.stored = True
@@ -737,15 +771,26 @@ def _revived(stored: Stored, headers: Headers) -> Response:
     return Response(200, (), stored.body, head=stored.head)
 
 
-def _note_tries(fetched: Fetched, exchange: Exchange) -> None:
-    """Once, by whoever led the call."""
-    exchange.attempts, exchange.refusals, exchange.steps = fetched.attempts, fetched.refusals, fetched.steps
+def _note_tries(fetched: Fetched, journey: _Journey) -> None:
+    """Once, when the call has ended: its tries are those of whoever led it, also if that one has left."""
+    exchange, (queued, upstream) = journey.exchange, journey.waited
+    exchange.attempts += fetched.attempts
+    exchange.refusals += fetched.refusals
+    exchange.steps += fetched.steps
+    exchange.queued, exchange.upstream = queued + fetched.queued, upstream + fetched.upstream
+
+
+def _note_share(fetched: Fetched, exchange: Exchange, joined: float) -> None:
+    """Of a call that another led, what one waited for who came to it later."""
+    queued, upstream = since(fetched.steps, joined)
+    exchange.queued += queued
+    exchange.upstream += upstream
 
 
 def _same(known: Understood) -> str:
     """Equal for a request and its repetition by the same caller."""
     if known.question is not None:
-        return known.question
+        return f"{known.call.caller} {known.question}"
     request = known.request
     if not request.body:  # nothing to be hashed for
         return f"{known.caller.author} {request.method} {known.route.upstream} {request.target}"

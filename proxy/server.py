@@ -32,7 +32,7 @@ from .policy import exposure
 from .policy.errors import Refusal, UpstreamError
 from .policy.identity import LARGEST_WITH_KEY, Caller, bare
 from .policy.members import PREFIX, must_vouch
-from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Trace, end_to_end
+from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Step, Trace, end_to_end
 from .settings import ServerRules
 from .slowing import Slowing
 
@@ -62,6 +62,7 @@ _SANE_ID = re.compile(r"[!-~]{1,128}")
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
 
 Observer = Callable[[Exchange], None]
+TryObserver = Callable[[Exchange, Step], None]
 Admin = Callable[[str, str, Caller | None], Response]
 
 
@@ -76,8 +77,9 @@ class Server(web.Server):
         admin: Admin,
         request_ids: Iterator[str],
         observers: Iterable[Observer] = (),
+        of_tries: Iterable[TryObserver] = (),
     ) -> None:
-        """`request_ids`: one for each request that brings none."""
+        """`request_ids`: one for each request that brings none. `of_tries`: who does not wait for a request's end."""
         super().__init__(
             self._handle,
             handler_cancellation=True,  # a client that leaves gives up its place
@@ -93,11 +95,15 @@ class Server(web.Server):
         self._admin = admin
         self._request_ids = request_ids
         self._ended: list[Exchange] = []
+        self._tries: list[tuple[Exchange, Step]] = []
+        """What the observers are to be told, at the end of this turn of the loop."""
         self._going_on: dict[int, Progress] = {}
         """What a client did not wait for to its end, by the identity of its exchange."""
         self.begin_trace: Callable[[str | None], Trace] | None = None
         """Makes the place in a trace of a request with such a `traceparent`; None: nobody traces."""
         self.observers = tuple(observers)
+        self.of_tries = tuple(of_tries)
+        pipeline.tried = self._tried
         self._known: LRUCache[tuple[Any, ...], Understood] = LRUCache(REQUESTS_KEPT)
         self.clients: Connections[_Connection] = Connections(_Connection.force_close)
         self.bodies = Bodies()
@@ -171,13 +177,22 @@ class Server(web.Server):
 
     def _over(self, exchange: Exchange) -> None:
         """Its client has been answered, or has left, and what was begun for it has ended."""
-        if not self._ended:
+        if not self._ended and not self._tries:
             self._loop.call_soon(self.tell)
         self._ended.append(exchange)
 
+    def _tried(self, exchange: Exchange, step: Step) -> None:
+        if not self._ended and not self._tries:
+            self._loop.call_soon(self.tell)
+        self._tries.append((exchange, step))
+
     def tell(self) -> None:
         """Tell the observers of what has ended, all of one turn of the loop together: that costs half as much."""
+        tries, self._tries = self._tries, []
         ended, self._ended = self._ended, []
+        for tried in self.of_tries:
+            for exchange, step in tries:
+                tried(exchange, step)
         for observe in self.observers:
             for exchange in ended:
                 observe(exchange)
@@ -198,12 +213,16 @@ class Server(web.Server):
                 extra = _ID % exchange.request_id.encode()
                 if response.rest is not None:
                     return await _stream(response, request, extra, exchange, last=last)
-                return _Reply(response, request, extra)
+                reply = _Reply(response, request, extra)
+                if last:
+                    reply.force_close()
+                return reply
             known = await self._understood(request)
             found = await self._pipeline.stored(known, exchange)
             response = found if found is not None else await self._patiently(request, known, exchange)
         except Refusal as refused:
             exchange.code = refused.code
+            exchange.address = exchange.address or self._address(request)
             if not exchange.attempts:
                 exchange.cache = CacheStatus.REFUSED
             if refused.code == "token_unknown":
@@ -224,7 +243,7 @@ class Server(web.Server):
         exchange.status = response.status
         extra = _told(exchange, self._clock.now() - began)
         if response.rest is None:
-            exchange.bytes_out = len(response.body)
+            exchange.bytes_out = 0 if _has_no_body(request, response.status) else len(response.body)
             reply = _Reply(response, request, extra)
             if last:
                 reply.force_close()

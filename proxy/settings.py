@@ -17,7 +17,7 @@ from functools import cache
 from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -70,6 +70,16 @@ class Listen:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Every address of the machine, and so none that anybody could be pointed at."""
+        return self.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+    @property
+    def here(self) -> Listen:
+        """Where this machine itself reaches it."""
+        return Listen("::1" if ":" in self.host else "127.0.0.1", self.port) if self.is_everywhere else self
+
 
 Address = Annotated[Listen, "address"]
 Origin = Annotated[str, "origin"]
@@ -85,39 +95,49 @@ class UpstreamRules:
     """Whom to call, and how long to wait for them: `upstreams` in the settings."""
 
     api: Origin = "https://cloud.vast.ai"
-    """The Vast.ai API."""
+    """The Vast.ai API. Change it to test against something else."""
     serverless: Origin = "https://run.vast.ai"
-    """The serverless engine."""
+    """The serverless engine, for the clients that are sent to it through this proxy."""
     hosts: tuple[Domain, ...] = ("vast.ai",)
-    """Domains, with all below them, to which redirects are followed."""
+    """Domains, each with all below it, to which a redirect of the API is followed over TLS, with the key in hand. Any
+    other redirect goes to the client as it is. `[]` follows only those to the very same origin."""
     connect_timeout: Seconds = 10.0
-    """For a connection, TLS included; 0: no limit."""
+    """The longest wait for a connection, TLS included. 0: no limit."""
     read_timeout: Seconds = 120.0
-    """The longest silence between two bytes of an answer, and the longest sending of a request; 0: no limit."""
+    """The longest silence between two bytes of an answer, and the longest time for a request to go out. More, if slow
+    calls are cut off. 0: no limit."""
     keepalive: Seconds = 15.0
-    """How long an idle connection to upstream is kept."""
+    """How long an idle connection is kept. Longer than upstream keeps it, and calls meet a closed door."""
     max_connections: Count = 100
     """Calls in flight to each upstream, and so connections to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerRules:
-    """What clients may do: `server` in the settings."""
+    """What clients may take up, of connections, memory and time: `server` in the settings."""
 
     max_body: Bytes = 32 * 1024 * 1024
-    """The largest request body; a larger one is refused with 413."""
+    """The largest request body taken; larger ones get 413. It is held in memory while the request waits."""
     max_bodies: Bytes = 256 * 1024 * 1024
-    """Request bodies in memory, all clients together; beyond it the one goes that is not whole for longest, or 503."""
+    """Bodies of requests in memory, all clients together, from their first byte until the request is answered. Beyond
+    it the connection is closed whose body has been coming in for longest; if there is none, a request with a body gets
+    503."""
     keepalive: Seconds = 75.0
     """How long an idle connection of a client is kept."""
     header_timeout: Seconds = 15.0
-    """For the head of a request, as a whole; 0: no limit."""
+    """The longest time for the head of a request, from its first byte (the first one: from the connection) to its last;
+    then 408. More, if clients are on very slow lines. 0: no limit. A TLS handshake has as long, by the value at the
+    start."""
     body_timeout: Seconds = 20.0
-    """For the body of a request, and a second more for each 500 bytes of it; also between two bytes. 0: no limit."""
+    """The same for the body, and one second more for each 500 bytes of it that came; also the longest silence between
+    two bytes. 0: no limit."""
     send_timeout: Seconds = 60.0
-    """How long a client may take nothing of its answer; 0: no limit."""
+    """How long a client may take nothing of its answer; then its connection is reset, and what it held up is free for
+    others. 0: no limit."""
     max_connections: Count = 4096
-    """Connections of clients at once; beyond it the one goes that is idle, or sends its body, for longest, or 503."""
+    """Connections of clients at once; each request that waits has one. Beyond it the connection that is idle longest is
+    closed, else the one whose body has been coming in for longest, and if there is none, the new one gets 503. Open
+    files are raised to what this takes, if the system allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +145,8 @@ class TlsRules:
     """How clients connect over TLS: `tls` in the settings. Both files, or neither."""
 
     cert: File | None = None
-    """The certificate and those between it and the authority, in PEM. None: plain HTTP."""
+    """The certificate that clients are shown, in PEM, with those between it and the authority; then they connect by
+    https. Read again on SIGHUP. null: plain http."""
     key: File | None = None
     """Its private key, in PEM, without a password."""
 
@@ -135,7 +156,8 @@ class DrainRules:
     """How the proxy ends: `drain` in the settings."""
 
     timeout: Seconds = 30.0
-    """How long what is at upstream has to end when the proxy is told to stop."""
+    """How long what is at upstream has to end after SIGTERM. Whatever stops the proxy must wait longer before it kills
+    it (docker stop -t, stop_grace_period, TimeoutStopSec)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +165,9 @@ class LogRules:
     """What is written to standard error: `log` in the settings."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """`info` and `debug` write a line for each request; `warning` and `error` only what somebody should look at."""
     format: Literal["text", "json"] = "text"
+    """`text`, or `json`: one object a line, for machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +175,8 @@ class TracingRules:
     """Who gets traces: `tracing` in the settings."""
 
     otlp: Collector | None = None
-    """A collector that takes OTLP over HTTP. None: the one that OpenTelemetry's own variables name, else nobody."""
+    """Where traces go: the origin of a collector that takes OTLP over HTTP, such as `http://127.0.0.1:4318`. null:
+    where `OTEL_EXPORTER_OTLP_ENDPOINT` says, and nowhere if it is not set. Needs `pip install 'vast-proxy[otel]'`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +184,9 @@ class StateRules:
     """What survives a restart: `state` in the settings."""
 
     file: File | None = None
-    """What was learned about the limits. Never None in loaded settings: null becomes `default_state_file`."""
+    """Where what was learned about the limits is kept over a restart; the journal of writes and the day's spends stand
+    beside it. null: `vast-proxy/state.json` in `$XDG_STATE_HOME`, or in `~/.local/state`. A relative name is taken from
+    the directory where the proxy was started. Two proxies must not share one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,35 +194,81 @@ class Settings:
     """Everything that can be set, checked. Never changed: a reload makes another one."""
 
     listen: Address = Listen()
+    """Where clients connect: HOST:PORT, `[::1]:8080` for IPv6; port 0 takes any free one. Keys pass through here: open
+    it to other machines (0.0.0.0:8080) only where you trust the network."""
+    allow_open: bool = False
+    """true: listen on other addresses than this machine's own although there is no team. Whoever reaches the port can
+    use the proxy with a key of their own, and sees nothing of others; without team mode there is nothing else to keep
+    out."""
+    tls: TlsRules = field(default_factory=TlsRules)
+    hosts: tuple[Domain, ...] = ()
+    """Names by which clients call the proxy, if they have a dot in them: `[vast-proxy.example.org]`. Addresses and
+    names of one label, such as vast-proxy in Compose, always count. Any other name gets 421: a web page that is made to
+    look like this machine (DNS rebinding) calls it by its own."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Proxies in front of this one, as addresses or blocks (`[10.0.0.0/8]`): only theirs is the X-Forwarded-For that
+    tells who the client is. From anybody else it is passed by and never believed."""
+    admin: AdminRules = field(default_factory=AdminRules)
     upstreams: UpstreamRules = field(default_factory=UpstreamRules)
     server: ServerRules = field(default_factory=ServerRules)
     limits: LimitRules = field(default_factory=LimitRules)
+    """How fast to call. Each endpoint has its own interval, see config/routes.yaml; these bound them all."""
     queue: QueueRules = field(default_factory=QueueRules)
+    """How long to wait for a turn."""
     retry: RetryRules = field(default_factory=RetryRules)
+    """Sending again after a failure: a lost connection, 502, 503, 504. Only what cannot cost money twice."""
     breaker: BreakerRules = field(default_factory=BreakerRules)
+    """When calls fail in a row, upstream (or that one endpoint) counts as away: nothing is sent but one probe at a
+    time, and whoever has not failed yet. Who is in line goes on waiting, who comes meanwhile is told at once. The first
+    answer ends it."""
     writes: WriteRules = field(default_factory=WriteRules)
     cache: CacheRules = field(default_factory=CacheRules)
+    """What is remembered. How long each endpoint's answer is fresh stands in config/routes.yaml."""
     drain: DrainRules = field(default_factory=DrainRules)
     log: LogRules = field(default_factory=LogRules)
     tracing: TracingRules = field(default_factory=TracingRules)
     state: StateRules = field(default_factory=StateRules)
-    allow_open: bool = False
-    """Other machines may connect although there is no team."""
-    tls: TlsRules = field(default_factory=TlsRules)
-    hosts: tuple[Domain, ...] = ()
-    """Names with a dot in them by which clients may call the proxy."""
-    trusted_proxies: tuple[Network, ...] = ()
-    """Whose X-Forwarded-For counts."""
-    admin: AdminRules = field(default_factory=AdminRules)
     team: TeamRules = field(default_factory=TeamRules)
+    """Team mode: the proxy holds the Vast keys, and everybody puts a token where the client has its key. Without an
+    entry here everybody brings an own key. docs/team.md tells more."""
     routes: Routes
-    """The shipped table of endpoints, with the user's laid over it."""
+    """What you know better about endpoints, laid over config/routes.yaml and written as there; that file explains each
+    field. An entry for a route that stands there changes the fields that it names, any other is added."""
     source: str = "shipped defaults"
     """Where these settings came from, for logs."""
     team_keys: Mapping[str, Secret] = field(default_factory=dict)
     """What `team.keys` names, as read with the settings."""
     team_digest: str = ""
     """Equal for the same of these; empty without a team."""
+
+
+class Restart(NamedTuple):
+    """What a reload does not put in force."""
+
+    part: Callable[[Settings], object]
+    """What must be as it was."""
+    when: str = ""
+    """Said after "needs a restart", where not every change does."""
+
+
+NEED_RESTART: Mapping[str, Restart] = {
+    "listen": Restart(lambda settings: settings.listen),
+    "tls": Restart(lambda settings: settings.tls.cert is None, "to begin or to end with TLS"),
+    "state.file": Restart(lambda settings: settings.state.file),
+    "tracing": Restart(lambda settings: settings.tracing),
+    "server.keepalive": Restart(lambda settings: settings.server.keepalive),
+}
+"""Settings and sections that are used at the start only; all others follow a reload."""
+
+
+def kept(settings: Settings) -> dict[str, object]:
+    """Of settings with which the proxy starts: what stays as long as it runs, whatever a reload brings."""
+    return {name: restart.part(settings) for name, restart in NEED_RESTART.items()}
+
+
+def need_restart(begun_with: Mapping[str, object], after: Settings) -> list[str]:
+    """Of what differs from what was `kept` at the start, the names."""
+    return [name for name, part in kept(after).items() if part != begun_with[name]]
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:
@@ -238,6 +311,31 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     if settings.state.file is None:
         settings = dataclasses.replace(settings, state=StateRules(default_state_file(environ)))
     return settings
+
+
+def listen_address(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Listen:
+    """Where a proxy of these settings listens. Whatever else is wrong with them, it may run all the same.
+
+    It was started before. The file is not even read if the variables or the command line say it. Raises SettingsError.
+    """
+    path = path or config_file(environ)
+    above = Layer()
+    above.overlay(_read_environment(2, environ))
+    above.overlay(_read_overrides(3, overrides))
+    found = Layer()
+    found.overlay(_shipped_layer("proxy.yaml"))
+    if path is not None and "listen" not in above.data:
+        file = _read_file(1, path, str(path))
+        if file.faults:
+            raise SettingsError("\n".join(str(fault) for fault in file.faults))
+        found.overlay(file)
+    found.overlay(above)
+    value = found.data["listen"]
+    try:
+        return _listen(value)
+    except (ValueError, TypeError):
+        told = f"listen: expected {UNITS['address'][1]}, got {_shown(value)}"
+        raise SettingsError(str(Fault(found.place(("listen",)), told))) from None
 
 
 def config_file(environ: Mapping[str, str]) -> Path | None:

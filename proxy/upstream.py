@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ _MOST_REDIRECTS = 5
 # aiohttp would add this where the client sent none.
 _NOT_OURS = CIMultiDict([("Content-Type", None)])
 # Set anew for each hop: Host and SNI are the upstream's, the length is that of the body as we hold it.
+_NO_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _SET_ANEW = frozenset({"host", "content-length", "expect"})
 
 
@@ -287,7 +289,9 @@ def _absolute(url: str, location: str) -> str:
 def _response(answer: aiohttp.ClientResponse, body: bytes, rest: _Rest | None) -> Response:
     # Latin-1 keeps every byte of a field as it came; it goes out the same way.
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.raw_headers)
-    return Response(answer.status, end_to_end(headers, NOT_OF_ANSWERS), body, answer.reason or "", rest)
+    # aiohttp's Python parser lets a bare CR stand in the reason, which is none to every client.
+    reason = _NO_CONTROLS.sub("", answer.reason or "")
+    return Response(answer.status, end_to_end(headers, NOT_OF_ANSWERS), body, reason, rest)
 
 
 def _translated(error: BaseException, *, sent: bool) -> UpstreamError:

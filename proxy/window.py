@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .clock import Clock
-from .policy.messages import CacheStatus, Exchange, Headers, Response
+from .policy.errors import CODES, FAULT
+from .policy.messages import Exchange, Headers, Response, Step
 
 KEPT = 100
 """The last exchanges that are shown."""
@@ -25,15 +26,14 @@ STEP, STEPS = 10.0, 360
 EVERY, QUIET = 1.0, 15.0
 """Seconds between two events at least, and after which a comment says that the connection lives."""
 LISTENERS = 16
-SHOWN = 200
-"""Lines and limits that an event has at most."""
+SHARE = 20.0
+"""Once it was seen what is so, so many times as long as that took pass before it is looked at again, at the least."""
 
 Status = Callable[[], Mapping[str, Any]]
 """What is so at this moment: the fields of /_proxy/status."""
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-_SAVED = (CacheStatus.HIT, CacheStatus.COLLAPSED, CacheStatus.STALE)
 # Nothing from elsewhere, no script and no style but the page's own files; the icon is an empty data: URL.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -42,19 +42,20 @@ _POLICY = (
 
 
 class Slot:
-    """What ended within one step of the last hour."""
+    """One step of the last hour: what ended within it, and who waited."""
 
-    __slots__ = ("errors", "number", "refusals", "requests", "saved", "wait")
+    __slots__ = ("errors", "faults", "number", "refusals", "requests", "saved", "wait")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.requests = self.saved = self.refusals = self.errors = 0
+        self.requests = self.saved = self.refusals = self.errors = self.faults = 0
         self.wait = 0.0
-        """The longest, in seconds."""
+        """The longest, in seconds, of those that were over and of those that were not."""
 
     def shown(self) -> list[float]:
         """In the order that the page knows."""
-        return [self.number, self.requests, self.saved, self.refusals, self.errors, round(self.wait, 2)]
+        counts = [self.number, self.requests, self.saved, self.refusals, self.errors, self.faults]
+        return [*counts, round(self.wait, 2)]
 
 
 class Window:
@@ -64,13 +65,13 @@ class Window:
         self._clock = clock
         self._status = status
         self._started = round(clock.wall())
-        self._seen = 0
+        self._seen = self._changes = 0
         self._recent: deque[tuple[int, float, Exchange]] = deque(maxlen=KEPT)
         self._hour: deque[Slot] = deque(maxlen=STEPS)
         self._listeners: set[_Listener] = set()
         self._over = asyncio.Event()
-        self._now_at = -EVERY
-        self._now_told = ""
+        self._again_at = 0.0
+        self._now: dict[str, str] = {}
         self._files = {
             path: _static(_FOLDER / name)
             for path, name in (("", "index.html"), ("/page.css", "page.css"), ("/page.js", "page.js"))
@@ -92,22 +93,33 @@ class Window:
         if exchange.effect == "admin":
             return
         self._seen += 1
+        self._changes += 1
         self._recent.append((self._seen, self._clock.wall(), exchange))
-        number = int((exchange.began + exchange.total) // STEP)
-        hour = self._hour
-        if hour and hour[-1].number >= number:
-            slot = hour[-1]
-        else:
-            slot = Slot(number)
-            hour.append(slot)
+        slot = self._slot(exchange.began + exchange.total)
         slot.requests += 1
-        if exchange.cache in _SAVED:
-            slot.saved += 1
+        slot.saved += exchange.saved
         if exchange.code:
             slot.errors += 1
-        slot.refusals += exchange.refusals
+            slot.faults += CODES.get(exchange.code, FAULT) == FAULT
         if exchange.queued > slot.wait:
             slot.wait = exchange.queued
+
+    def tried(self, exchange: Exchange, step: Step) -> None:
+        """Count a 429 when it comes, not when its request ends."""
+        if step.refused:
+            self._changes += 1
+            self._slot(step.ended).refusals += 1
+
+    def waits(self, oldest: float) -> None:
+        """Somebody has waited for so many seconds, and still does."""
+        slot = self._slot(self._clock.now())
+        slot.wait = max(slot.wait, oldest)
+
+    def _slot(self, at: float) -> Slot:
+        number, hour = int(at // STEP), self._hour
+        if not hour or hour[-1].number < number:
+            hour.append(Slot(number))
+        return hour[-1]
 
     def events(self, method: str) -> Response:
         """An endless answer of Server-Sent Events; 503 if there are too many listeners."""
@@ -140,18 +152,35 @@ class Window:
         """Exchanges since the start."""
         return self._seen
 
-    def now(self) -> str:
-        """What is so, as JSON that stays the same while nothing happens: dates instead of waits. Once a second anew."""
-        if self._clock.now() >= self._now_at + EVERY / 2:
-            self._now_at = self._clock.now()
+    @property
+    def changes(self) -> int:
+        """Another number whenever there are news."""
+        return self._changes
+
+    def now(self) -> dict[str, str]:
+        """What is so, in parts, each as JSON that stays the same while nothing happens: dates instead of waits.
+
+        A part is a field of the status, or one line or limit, by `lines/` or `limits/` and its name.
+        """
+        began = self._clock.now()
+        if began >= self._again_at:
             wall = self._clock.wall()
-            status = {**self._status(), "started": self._started}
+            status = dict(self._status())
             del status["uptime"]
+            parts: dict[str, Any] = {"started": self._started}
             for group in ("lines", "limits"):
-                status[group] = [_dated(entry, wall) for entry in status[group]]
-            status["origins"] = {name: _untimed(origin) for name, origin in status["origins"].items()}
-            self._now_told = json.dumps(status, separators=(",", ":"))
-        return self._now_told
+                for entry in status.pop(group):
+                    # An account without a limit, and without a reason to speak of it, says nothing.
+                    if group == "lines" or entry["interval"] or entry["route"] != "account" or entry["correction"]:
+                        name = f"{group}/{entry['credential']} {entry['upstream']} {entry['route']}"
+                        parts[name] = _dated(entry, wall)
+            parts |= status
+            parts["origins"] = {name: _untimed(origin, wall) for name, origin in status["origins"].items()}
+            self._now = {name: _text(part) for name, part in parts.items()}
+            now = self._clock.now()
+            # With thousands of lines that takes a while, and there is more to be done than to be looked at.
+            self._again_at = began + max(EVERY / 2, SHARE * (now - began))
+        return self._now
 
     def news(self, seen: int, since: int) -> tuple[list[dict[str, Any]], list[list[float]]]:
         """The exchanges after number `seen`, and the steps from number `since` on, the oldest first."""
@@ -178,13 +207,15 @@ class _Listener:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         window = self._window
         yield b"retry: 2000\n\n"
-        told, seen, step, silent = "", 0, 0, 0.0
+        told: dict[str, str] = {}
+        changes, seen, step, silent = -1, 0, 0, 0.0
         while True:
             now = window.now()
-            if now != told or window.seen != seen:
+            if now != told or window.changes != changes:
                 exchanges, slots = window.news(seen, step)
-                told, seen, step, silent = now, window.seen, window.step(), 0.0
-                yield self._event(now, exchanges, slots)
+                parts = changed(told, now)
+                told, changes, seen, step, silent = now, window.changes, window.seen, window.step(), 0.0
+                yield self._event(parts, exchanges, slots)
             elif silent >= QUIET:
                 silent = 0.0
                 yield b": nothing new\n\n"
@@ -192,10 +223,9 @@ class _Listener:
                 return
             silent += EVERY
 
-    def _event(self, now: str, exchanges: list[dict[str, Any]], slots: list[list[float]]) -> bytes:
+    def _event(self, parts: str, exchanges: list[dict[str, Any]], slots: list[list[float]]) -> bytes:
         more = {"wall": self._window.wall(), "step": self._window.step(), "exchanges": exchanges, "slots": slots}
-        text = json.dumps(more, separators=(",", ":"))
-        return f'data: {{"now":{now},"news":{text}}}\n\n'.encode()
+        return f'data: {{"now":{parts},"news":{_text(more)}}}\n\n'.encode()
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Called once it is listened to no more."""
@@ -208,8 +238,21 @@ class _Listener:
             self._closed.pop()()
 
 
+def changed(told: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The parts of `now` that are others than was told, as one JSON object; null for those that are no more."""
+    if now is told:
+        return "{}"
+    parts = [f"{_text(name)}:{part}" for name, part in now.items() if told.get(name) != part]
+    parts += [f"{_text(name)}:null" for name in told if name not in now]
+    return "{" + ",".join(parts) + "}"
+
+
+_text = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
-    return {
+    """An exchange without what is empty, 0 or false: that is most of most of them."""
+    told = {
         "n": number,
         "at": round(wall, 2),
         "id": exchange.request_id,
@@ -218,6 +261,7 @@ def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
         "caller": exchange.caller,
         "status": exchange.status,
         "code": exchange.code,
+        "kind": CODES.get(exchange.code, FAULT) if exchange.code else "",
         "cache": exchange.cache.value,
         "stored": exchange.stored,
         "queued": round(exchange.queued, 3),
@@ -227,21 +271,29 @@ def _shown(number: int, wall: float, exchange: Exchange) -> dict[str, Any]:
         "refusals": exchange.refusals,
         "left": exchange.left,
     }
+    return {name: value for name, value in told.items() if value}
 
 
 def _dated(entry: Mapping[str, Any], wall: float) -> dict[str, Any]:
-    """`…_in` as `…_at`, to a tenth of a second, and 0 for what is past: else an entry would differ at every look."""
+    """`…_in` and `…_for` as dates, `…_at`, 0 for what was to come and has: else it would differ at every look."""
     dated = {}
     for name, value in entry.items():
         if name.endswith("_in"):
             dated[name[:-3] + "_at"] = None if value is None else round(wall + value, 1) if value > 0 else 0
+        elif name.endswith("_for"):
+            dated[name[:-4] + "_at"] = round(wall - value)
         elif name != "tokens":
             dated[name] = value
     return dated
 
 
-def _untimed(origin: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in origin.items() if name != "tokens"}
+def _untimed(origin: Mapping[str, Any], wall: float) -> dict[str, Any]:
+    """With the date when it has all its tokens instead of how many it has: that comes to the same."""
+    untimed = {name: value for name, value in origin.items() if name != "tokens"}
+    if origin["rate"]:
+        missing = origin["burst"] - origin["tokens"]
+        untimed["full_at"] = round(wall + missing / origin["rate"], 1) if missing > 0 else 0
+    return untimed
 
 
 def _headers(kind: str) -> Headers:

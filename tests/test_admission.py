@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import looptime
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 import proxy.admission
 from proxy.admission import EVERYBODY, SLOW_START_ENDS, Admission, Limiter, Ticket, Turn
 from proxy.clock import Clock
+from proxy.policy import queueing
 from proxy.policy.errors import Refusal
 from proxy.policy.limiting import NAMED_FOR, Ceiling, LimitRules
 from proxy.policy.messages import Headers, Response
-from proxy.policy.queueing import STOPS_MONEY, QueueRules
+from proxy.policy.queueing import BULK, STOPS_MONEY, Place, QueueRules
 from proxy.policy.routing import Route, Routes
 
 pytestmark = pytest.mark.looptime
@@ -320,27 +322,25 @@ async def test_a_bucket_shut_for_ten_minutes_wakes_nobody_before(monkeypatch: py
 async def test_ten_thousand_come_and_go_in_a_few_steps_each(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
 
-    def counted(name: str) -> None:
-        real = getattr(proxy.admission, name)
+    def counted(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
 
         def counting(*args: Any) -> Any:
             nonlocal steps
             steps += 1
             return real(*args)
 
-        monkeypatch.setattr(proxy.admission, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
-    class Compared(Turn):
-        __slots__ = ()
+    def compared(place: Place, other: Place) -> bool:
+        nonlocal steps
+        steps += 1
+        return place.number < other.number
 
-        def __lt__(self, other: Any) -> bool:
-            nonlocal steps
-            steps += 1
-            return super().__lt__(other)
-
-    counted("heappush")
-    counted("heappop")
-    monkeypatch.setattr(proxy.admission, "Turn", Compared)
+    monkeypatch.setattr(Place, "__lt__", compared)
+    for name in ("heappush", "heappop"):
+        counted(proxy.admission, name)
+        counted(queueing, name)
     world = World(queue=QueueRules(max_wait=1e6))
     line = [world.begin(str(number), TWO) for number in range(10_000)]
     await asyncio.sleep(1.0)
@@ -658,8 +658,8 @@ async def test_a_caller_who_leaves_leaves_nothing_behind(stage: str, who: str) -
             assert world.state == (1, 1)
         case "the tick of the deadline":
             await asyncio.sleep(1.0)
-            for turn in [turn for flow in world.admission._queue(TWO, "k")._flows.values() for turn in flow.heap]:
-                world.admission._late(world.admission.origins["api"], world.admission._queue(TWO, "k"), turn)
+            for place in list(world.admission._queue(TWO, "k")):
+                world.admission._late(place.wait)
             assert world.state == (0, 1)
     for task in leaving:
         task.cancel()
@@ -994,6 +994,40 @@ async def test_a_crowd_on_many_routes_leaves_the_account_to_others() -> None:
     assert world.names[-7:].count("b") == 3
 
 
+async def test_who_stands_behind_a_crowd_in_its_line_waits_for_the_ceiling_no_longer_than_others() -> None:
+    world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
+    for route in FREE[:20]:
+        crowd(world, "a", 25, route)
+    crowd(world, "a", 1, FREE[30])
+    await asyncio.sleep(50.5)
+    before = len(world.names)
+    crowd(world, "b", 1, FREE[30])
+    await asyncio.sleep(3.0)
+    assert "b" in world.names[before:]
+
+
+async def test_who_stands_behind_a_crowd_in_its_line_waits_for_the_account_no_longer_than_others() -> None:
+    world = World()
+    world.admission.restore({"k api account": {"known": True, "interval": 3.0, "learned_at": NOON}})
+    for route in FREE[:20]:
+        crowd(world, "a", 25, route)
+    crowd(world, "a", 1, FREE[30])
+    await asyncio.sleep(50.5)
+    before = len(world.names)
+    crowd(world, "b", 1, FREE[30])
+    await asyncio.sleep(9.0)
+    assert "b" in world.names[before:]
+
+
+async def test_polls_of_one_caller_are_not_starved_by_its_other_calls() -> None:
+    world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0), queue=QueueRules(max_wait=1e6))
+    poll = world.begin("poll", FREE[0], turn=world.admission.arrive(who="a", urgency=BULK))
+    for number in range(60):
+        crowd(world, "a", 1, FREE[1 + number % 20])
+        await asyncio.sleep(1.0)
+    assert poll.done()
+
+
 async def test_what_stops_money_goes_before_what_waits_already() -> None:
     world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
     for route in FREE[:20]:
@@ -1013,6 +1047,56 @@ async def test_a_wait_is_predicted_by_the_caller_s_share() -> None:
     assert world.now < 5.0
 
 
+async def test_what_stops_money_is_not_refused_for_what_it_goes_before() -> None:
+    world = World(queue=QueueRules(max_wait=60.0, max_waiting=30))
+    crowd(world, "a", 31, TWO)
+    await asyncio.sleep(0.1)
+    await world.call("stop", TWO, turn=world.admission.arrive(who="a", urgency=STOPS_MONEY))
+    assert world.now < 5.0
+
+
+async def test_a_caller_of_little_weight_is_not_refused_its_first_request() -> None:
+    world = World(queue=QueueRules(max_wait=60.0))
+    crowd(world, "a", 100, TWO)
+    await asyncio.sleep(0.1)
+    await world.call("light", TWO, turn=world.admission.arrive(who="light", weight=0.01))
+    assert world.now < 7.0
+
+
+async def test_a_wait_for_the_ceiling_is_predicted_by_what_waits_for_it() -> None:
+    world = World(global_=Ceiling(rate=1.0, per=1.0, burst=1.0))
+    for route in FREE[:10]:
+        crowd(world, "a", 100, route)
+    await asyncio.sleep(0.5)
+    refusal = await refusal_of(world.admission.turn(world.admission.arrive(300.0, who="a"), FREE[0], "k"))
+    assert refusal.retry_after == pytest.approx(700.0, abs=2.0)
+    assert world.now == 0.5
+    await world.call("b", FREE[0], turn=world.admission.arrive(5.0, who="b"))
+
+
+async def test_a_wait_for_an_account_that_is_shut_is_predicted() -> None:
+    world = World()
+    await world.call("a", TWO)
+    await asyncio.sleep(100.0)
+    await meet(world, TWO, refused(headers=(("Retry-After", "1000"),)))
+    began = world.now
+    refusal = await refusal_of(world.admission.turn(world.admission.arrive(60.0), FREE[0], "k"))
+    assert refusal.retry_after == pytest.approx(940.0)
+    assert world.now == began
+
+
+async def test_who_is_next_at_its_deadline_is_not_told_to_wait_for_those_behind_it() -> None:
+    world = World(slots=1)
+    held = await world.granted(TWO)
+    first = world.admission.turn(world.admission.arrive(30.0, who="a"), TWO, "k")
+    waiting = asyncio.ensure_future(refusal_of(first))
+    await asyncio.sleep(0.0)
+    crowd(world, "a", 200, TWO)
+    refusal = await waiting
+    assert (refusal.retry_after or 0.0) < 20.0
+    held.close()
+
+
 async def test_a_full_line_is_full_for_the_caller_who_filled_it() -> None:
     world = World(queue=QueueRules(max_waiting=10))
     crowd(world, "a", 11, TWO)
@@ -1020,3 +1104,95 @@ async def test_a_full_line_is_full_for_the_caller_who_filled_it() -> None:
     refusal = await refusal_of(world.admission.turn(world.admission.arrive(math.inf, who="a"), TWO, "k"))
     assert refusal.code == "queue_full"
     await world.call("b", TWO, turn=world.admission.arrive(math.inf, who="b"))
+
+
+# --- At another's place -----------------------------------------------------------------------------------------------
+
+
+async def test_a_shared_call_goes_at_the_best_place_of_those_who_wait_for_it_and_counts_for_its_owner() -> None:
+    world = World()
+    crowd(world, "a", 7, TWO)
+    last = world.admission.arrive(math.inf, who="a")
+    world.begin("shared", TWO, turn=last)
+    await asyncio.sleep(0.1)
+    other = world.admission.arrive(math.inf, who="b")
+    world.admission.lend(last, other)
+    crowd(world, "b", 1, TWO)
+    await asyncio.sleep(8.0)
+    assert world.names.index("shared") == 2, "of the same share, the older goes first"
+    assert world.names.index("b") in (3, 4), "it has had that turn"
+    world.admission.take_back(last, other)
+    assert world.state == (4, 0)
+
+
+async def test_one_more_urgent_lends_its_urgency_also_to_its_own() -> None:
+    world = World()
+    crowd(world, "a", 50, TWO)
+    last = world.admission.arrive(math.inf, who="a")
+    world.begin("shared", TWO, turn=last)
+    await asyncio.sleep(0.1)
+    world.admission.lend(last, world.admission.arrive(math.inf, who="a", urgency=0))
+    await asyncio.sleep(2.0)
+    assert world.names[-1] == "shared"
+
+
+@pytest.mark.parametrize("when", ["before it waits", "while it waits"])
+async def test_a_place_that_is_taken_back_counts_no_more(when: str) -> None:
+    world = World()
+    crowd(world, "a", 10, TWO)
+    last, other = (world.admission.arrive(math.inf, who=who) for who in "ab")
+    if when == "before it waits":
+        world.admission.lend(last, other)
+        world.admission.take_back(last, other)
+    task = world.begin("shared", TWO, turn=last)
+    await asyncio.sleep(0.1)
+    if when == "while it waits":
+        world.admission.lend(last, other)
+        world.admission.take_back(last, other)
+        world.admission.take_back(last, other)
+    assert world.state == (10, 0)
+    await task
+    assert world.names[-1] == "shared"
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("end", ["it leaves", "its time is over", "the end", "its turn comes"])
+async def test_whatever_ends_a_wait_ends_it_at_all_of_its_places(end: str) -> None:
+    world = World()
+    held = await world.granted(TWO)
+    turn = world.admission.arrive(30.0, who="a")
+    task = world.begin("shared", TWO, turn=turn)
+    await asyncio.sleep(0.1)
+    for who in "bcd":
+        world.admission.lend(turn, world.admission.arrive(30.0, who=who))
+    assert len(world.admission._queue(TWO, "k")) == 4
+    assert world.state == (1, 1)
+    match end:
+        case "it leaves":
+            task.cancel()
+        case "its time is over":
+            await asyncio.sleep(30.0)
+        case "the end":
+            world.admission.turn_all_away(Refusal(503, "restarting", ""))
+        case _:
+            held.close()
+    await asyncio.wait([task])
+    held.close()
+    world.assert_idle()
+    for origin in world.admission.origins.values():
+        assert (len(origin), origin.callers) == (0, 0)
+
+
+async def test_who_met_a_429_waits_again_at_all_of_its_places() -> None:
+    world = World()
+    turn, other = (world.admission.arrive(math.inf, who=who) for who in "ab")
+    world.admission.lend(turn, other)
+    crowd(world, "a", 5, TWO)
+    await asyncio.sleep(0.1)
+    with await world.admission.turn(turn, TWO, "k") as ticket:
+        ticket.sent()
+        ticket.answered(refused())
+    await world.call("shared", TWO, turn=turn)
+    assert world.names.index("shared") <= 2
+    world.admission.take_back(turn, other)
+    assert turn.lent == {}

@@ -7,11 +7,15 @@ import os
 import re
 import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen, TimeoutExpired, run
 from sys import executable
 
 import pytest
+import trustme
 import yaml
 
 from proxy import __version__
@@ -201,6 +205,24 @@ def test_routes_shows_the_settings_applied(tmp_path: Path) -> None:
     assert row(table, "PUT", "/never/")[2] == "refused"
 
 
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_prints_all_of_them_or_the_one_that_is_named() -> None:
+    told = vast_proxy("settings")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("# Settings\n")
+    one = vast_proxy("settings", "queue.max_wait", LC_ALL="C")
+    assert one.stdout.startswith("### `queue.max_wait`\n\nValue: a duration. Default: `30m`.")
+    assert one.stdout in told.stdout
+
+
+def test_a_setting_that_does_not_exist_is_one_line_and_2() -> None:
+    told = vast_proxy("settings", "queue.max_wat")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == "vast-proxy: there is no setting 'queue.max_wat'\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     for buffered in ("", "1"):
         with Popen(
@@ -247,6 +269,30 @@ def is_open(port: int) -> bool:
     return True
 
 
+@contextmanager
+def serving(folder: Path, host: str = "127.0.0.1", **variables: str) -> Iterator[int]:
+    """A proxy as a process of its own; its port."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        port = free.getsockname()[1]
+    with Popen(
+        [executable, "-m", "proxy", "serve", "--listen", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"],
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
+        env=environment(XDG_STATE_HOME=str(folder), **variables),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert " listens on " in process.stdout.readline()
+            yield port
+        finally:
+            process.terminate()
+            told = process.stderr.read()
+    assert (process.returncode, "Traceback" in told) == (0, False)
+    assert [line for line in told.splitlines() if not line.endswith("stopping: what is under way may end")] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_ends_quietly_when_told_to(number: signal.Signals, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -265,3 +311,95 @@ def test_serve_ends_quietly_when_told_to(number: signal.Signals, tmp_path: Path)
         process.send_signal(number)
         assert process.wait(30) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+# --- health -----------------------------------------------------------------------------------------------------------
+
+
+def pair(folder: Path) -> dict[str, str]:
+    """A certificate for a name that is not this machine's, by an authority that nobody knows, as settings."""
+    issued = trustme.CA().issue_cert("vast-proxy.example.org")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    return {"VAST_PROXY_TLS__CERT": str(folder / "cert.pem"), "VAST_PROXY_TLS__KEY": str(folder / "key.pem")}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_health_asks_the_proxy_where_the_settings_say_with_or_without_tls(tmp_path: Path, scheme: str) -> None:
+    tls = pair(tmp_path) if scheme == "https" else {}
+    with serving(tmp_path, **tls) as port:
+        # What is wrong in a file that is about to be mended does not make ill what runs.
+        (tmp_path / "mine.yaml").write_text(f'listen: "127.0.0.1:{port}"\nlimits: {{scal: 2}}\ntls: {{cert: /gone}}\n')
+        for arguments, variables in (
+            (["--listen", f"127.0.0.1:{port}", "--config", "/gone"], {}),
+            (["--config", str(tmp_path / "mine.yaml")], {}),
+            ([], {"VAST_PROXY_LISTEN": f"127.0.0.1:{port}", "http_proxy": "http://127.0.0.1:9"}),
+        ):
+            told = vast_proxy("health", *arguments, **variables)
+            assert (told.returncode, told.stderr) == (0, "")
+            assert told.stdout == f"{scheme}://127.0.0.1:{port} answers\n"
+
+
+@pytest.mark.parametrize(("everywhere", "here"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_health_asks_what_listens_everywhere_by_the_loopback_address(
+    tmp_path: Path, everywhere: str, here: str
+) -> None:
+    with serving(tmp_path, everywhere, VAST_PROXY_ALLOW_OPEN="true") as port:
+        listen = f"[{everywhere}]:{port}" if ":" in everywhere else f"{everywhere}:{port}"
+        told = vast_proxy("health", VAST_PROXY_LISTEN=listen)
+        assert (told.returncode, told.stdout) == (0, f"http://{here}:{port} answers\n")
+
+
+def test_health_goes_by_a_name_that_the_proxy_need_not_know(tmp_path: Path) -> None:
+    with serving(tmp_path) as port:
+        told = vast_proxy("health", "--listen", f"127.1:{port}")
+        assert (told.returncode, told.stdout) == (0, f"http://127.1:{port} answers\n")
+
+
+def test_health_fails_in_one_line_where_nothing_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = vast_proxy("health", "--listen", f"127.0.0.1:{port}")
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr == f"vast-proxy: no answer from 127.0.0.1:{port}: connection refused\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 503 Not Now\r\nContent-Length: 0\r\n\r\n", "http://{}/_proxy/health answers 503"),
+        (b"SSH-2.0-x\r\n", "no answer from {}: "),
+        (None, "no answer from {}: timed out"),
+    ],
+)
+def test_health_fails_in_one_line_where_something_else_answers_or_nobody(answer: bytes | None, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+        def answers() -> None:
+            for _ in range(2):  # by http and by https
+                with listener.accept()[0] as connection:
+                    connection.recv(65536)
+                    if answer is not None:
+                        connection.sendall(answer)
+                    else:
+                        connection.recv(65536)
+
+        threading.Thread(target=answers, daemon=True).start()
+        told = vast_proxy("health", "--listen", address)
+    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (1, "", 1)
+    assert told.stderr.startswith("vast-proxy: " + reason.format(address))
+
+
+def test_health_knows_no_status_but_0_and_1_and_tells_what_is_wrong_with_the_address(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("\nlisten: here\n")
+    expected = "listen: expected HOST:PORT (examples: 127.0.0.1:8080, [::1]:8080), got 'here'"
+    told = vast_proxy("health", "--config", tmp_path / "mine.yaml")
+    assert (told.returncode, told.stderr) == (1, f"vast-proxy: {tmp_path}/mine.yaml:2: {expected}\n")
+    told = vast_proxy("health", VAST_PROXY_LISTEN="here")
+    assert (told.returncode, told.stderr) == (1, f"vast-proxy: $VAST_PROXY_LISTEN: {expected}\n")
+    told = vast_proxy("health", "--config", "/nowhere.yaml")
+    assert (told.returncode, told.stderr) == (
+        1,
+        "vast-proxy: /nowhere.yaml: cannot be read: No such file or directory\n",
+    )

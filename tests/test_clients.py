@@ -665,6 +665,31 @@ def test_the_serverless_client_finds_its_endpoint_and_is_routed_each_time_anew(s
     assert len(side.fake.calls("POST /route/")) == 3
 
 
+# --- What README shows ------------------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# The asynchronous client would fetch a certificate from console.vast.ai before its first call.
+PRELUDE = """import ssl, vastai
+vastai.AsyncClient._ssl_context = property(lambda _: ssl.create_default_context(), lambda *_: None)
+"""
+
+
+def test_the_snippets_of_the_readme_do_what_they_seem_to_do(home: Home, stage: Stage) -> None:
+    side = stage.proxy()
+    created, listed, mail = (
+        told(home.begin("-c", PRELUDE + snippet, program=(sys.executable,)))
+        for snippet in (text.replace("http://127.0.0.1:8080", side.url) for text in SNIPPETS)
+    )
+    assert (created.code, created.err) == (0, "")
+    assert "'new_contract': 31000001" in created.out
+    assert (listed.code, listed.err) == (0, "")
+    assert "31000001" in listed.out
+    assert (mail.code, mail.err) == (0, "")
+    assert mail.out.endswith("@example.com\n")
+    assert side.fake.refused == []
+
+
 # --- Team mode --------------------------------------------------------------------------------------------------------
 
 

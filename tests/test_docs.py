@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from proxy.__main__ import _parser
+from proxy.policy.errors import CODES
 from proxy.settings import NO_SETTINGS, PREFIX, SettingsError, known_keys, load
 
 CHECKOUT = Path(__file__).parent.parent
@@ -166,8 +167,30 @@ def test_every_code_of_an_error_of_ours_is_explained() -> None:
     assert codes_in_the_code() - codes_in_the_pages() == set()
 
 
+def test_every_code_of_a_request_is_known_with_whose_matter_it_is() -> None:
+    """Metrics have each from the start; a new one needs its place there."""
+    of_no_request = {"too_many_connections", "key_needed", "admin_only"}  # of connections, and of our own pages
+    of_our_pages = {"not_found", "method_not_allowed", "too_many_listeners", "not_ready"}
+    assert CODES.keys() == codes_in_the_code() - of_no_request - of_our_pages
+
+
 def test_every_code_that_is_explained_can_occur() -> None:
     assert codes_in_the_pages() - codes_in_the_code() == set()
+
+
+def test_each_code_is_explained_once() -> None:
+    rows = [row for page in PAGES for table in _CODES.findall(text_of(page)) for row in table.splitlines()]
+    assert len(rows) == len(codes_in_the_pages())
+
+
+def test_of_each_code_that_clients_meet_it_is_said_what_to_do() -> None:
+    page = text_of(CHECKOUT / "docs" / "operations.md")
+    met, ours = ({*re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)} for table in _CODES.findall(page))
+    assert {"outcome_unknown", "broken_off"} <= met
+    assert "not_ready" in ours
+    advice = page.partition("## What to do when\n")[2].partition("\n## ")[0]
+    seen = [row.split(" | ")[0] for row in advice.splitlines() if row.startswith("| ")]
+    assert {code for row in seen for code in re.findall(r"`([a-z_]+)`", row)} == met
 
 
 # --- Links ------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,85 @@ async def test_a_queue_is_seen_to_drain(page: Page, start: Start) -> None:
     assert KEY not in await page.get("document.documentElement.outerHTML")
 
 
+async def test_who_waits_is_shown_with_how_long_and_what_for(page: Page, start: Start) -> None:
+    gateway = await visit(page, start)
+    renting = [asyncio.create_task(gateway.put(gateway.offer(number), RENT)) for number in range(4)]
+    await page.until("document.querySelector('#lines tbody td:nth-child(4)')?.innerText.startsWith('3')", within=8)
+    heads = await page.get("[...document.querySelectorAll('#lines th')].map(head => head.innerText)")
+    assert heads[3:5] == ["Oldest", "Held by"]
+    assert await page.text("#lines tbody td:nth-child(5)") == "limit"
+    assert "in 1 line, oldest " in await page.text("#sum-waiting-more")
+    longest = "document.querySelectorAll('#plots figure')[2].querySelector('span').innerText"
+    await page.until(f"parseFloat({longest}) >= 4", within=15)
+    assert "All calls to the API: 2 a second, up to 5 at once" in await page.text("#ceiling")
+    assert "of 100 connections in use" in await page.text("#ceiling")
+    for task in renting:
+        task.cancel()
+    await asyncio.gather(*renting, return_exceptions=True)
+
+
+async def test_red_is_what_failed_and_not_what_a_client_asked_for(page: Page, start: Start) -> None:
+    gateway = await visit(page, start, fast=True)
+    await gateway.get("/api/v0/ssh/", headers={"Cache-Control": "only-if-cached", "X-Request-ID": "harmless"})
+    await page.until(seen("#sum-errors-more", "1 in the last hour"))
+    assert await page.get("document.querySelectorAll('main .bad').length") == 0
+    gateway.fake.faults.append(Fault(match="PUT *", kind="status", status=503))
+    await gateway.put(gateway.offer(), RENT, headers={"X-Request-ID": "serious"})
+    await page.until(seen("#sum-errors-more", "2 in the last hour, 1 fault"))
+    red = await page.get("[...document.querySelectorAll('main .bad')].map(node => node.innerText)")
+    assert red == ["2", "outcome_unknown", "500 outcome_unknown"]
+    assert (await page.get(ROWS % "errors"))[0].startswith("outcome_unknown something failed"), "first"
+
+
+async def test_of_long_tables_the_first_rows_are_shown_and_the_others_when_they_are_wanted(
+    page: Page, start: Start
+) -> None:
+    gateway = await visit(page, start, fast=True)
+    for number in range(30):
+        await gateway.get("/api/v0/ssh/", headers={"X-Request-ID": f"r{number}"})
+    await page.until(seen("#filter-count", "30 of 30"))
+    rows = "document.querySelectorAll('#exchanges tbody tr').length"
+    assert await page.get(rows) == 20
+    await page.get("document.querySelector('#exchanges').parentElement.querySelector('.more').click()")
+    assert await page.get(rows) == 30
+    assert await page.text("#exchanges ~ .more") == "Only the first 20"
+
+
+async def test_what_was_corrected_comes_first_and_accounts_that_say_nothing_do_not_come(
+    page: Page, start: Start
+) -> None:
+    gateway = await visit(page, start)
+    own = {"Cache-Control": "no-store"}
+    for _ in range(3):
+        await gateway.get("/api/v0/users/current/", headers=own)
+    await gateway.get("/api/v0/ssh/", headers=own)
+    gateway.fake.faults.append(Fault(match="GET *", kind="refuse429", form="json_retry_after", retry_after=1.5))
+    await gateway.get("/api/v0/ssh/", headers=own)
+    await page.until(seen("#limits", "learned"))
+    rows = await page.get(ROWS % "limits")
+    assert [row.split()[1] for row in rows] == ["/api/v0/ssh/", "/api/v0/users/current"]
+
+
+@pytest.mark.parametrize("width", [1280, 1000, 390])
+async def test_the_longest_name_of_a_member_fits(page: Page, start: Start, width: int, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o600)
+    name, token = "w" * 64, "vp_" + "a" * 43
+    team = {
+        "keys": {"default": {"file": str(tmp_path / "key")}},
+        "members": {name: {"token": hashed(token)}},
+    }
+    await page.look(width=width)
+    gateway = await visit(page, start, team=team)
+    renting = [asyncio.create_task(gateway.put(gateway.offer(number), RENT, key=token)) for number in range(2)]
+    await page.until(seen("#exchanges", name))
+    await page.until(seen("#lines", name))
+    assert await page.get("document.documentElement.scrollWidth") == width
+    for task in renting:
+        task.cancel()
+    await asyncio.gather(*renting, return_exceptions=True)
+
+
 async def test_from_elsewhere_it_asks_for_the_token_and_keeps_it_for_the_tab(page: Page, start: Start) -> None:
     gateway = await start(fast=True, admin={"token": hashed("vp_right_and_long_enough")})
     await page("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "198.51.100.7"})
@@ -184,10 +263,12 @@ async def test_what_a_client_chose_is_text_on_the_page(page: Page, start: Start)
 async def test_it_says_when_the_proxy_is_gone_and_comes_back_with_it(page: Page, start: Start) -> None:
     gateway = await visit(page, start)
     await gateway.get("/api/v0/ssh/")
+    await page.until("document.querySelector('#sum-requests').innerText === '1'")
     await gateway.restart(pause=1.0)
     await page.until("document.querySelector('#link').dataset.state === 'lost'")
     await page.until(LIVE)
     await page.until("document.querySelector('#sum-requests').innerText === '0'")
+    assert await page.text("#exchanges") == "", "they were another process's"
     # The browser's own words about a connection that was closed or refused.
     page.complaints = [text for text in page.complaints if "ERR_" not in text]
 

@@ -731,5 +731,5 @@ async def test_clients_who_come_and_go_do_not_make_the_line_look_longer_for_othe
     await asyncio.sleep(0.1)
     route = gateway.app.settings.routes.match("GET", "/api/v0/template/")
     assert gateway.app.admission.expected(route, "third") < 5
-    assert len(gateway.app.admission.origins["api"].ready) < 100
+    assert len(gateway.app.admission.origins["api"]._ranks) < 100
     assert {(await hanging).status, (await patient).status} == {200}

@@ -144,7 +144,7 @@ class Callers:
         for account in admission._accounts.values():
             assert (account.bucket.pending, account.in_flight, account.waiting) == (0, 0, 0)
         for origin in admission.origins.values():
-            assert (origin.waiting, origin.in_flight, origin.listed, origin.timer) == (0, 0, 0, None)
+            assert (origin.waiting, origin.in_flight, len(origin), origin.callers, origin.timer) == (0, 0, 0, 0, None)
         assert self.world.clock.pending == 0
         if self.ceiling is COUNTS:
             limiter = admission.origins["api"].limiter

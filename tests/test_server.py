@@ -254,6 +254,15 @@ async def test_a_trailer_does_not_become_part_of_the_next_request(start: Start, 
         assert [seen.all("Authorization") for seen in upstream.seen] == [[]]
 
 
+async def test_a_trailer_of_a_request_for_our_own_pages_does_not_either(start: Start, parser: str) -> None:
+    chunked = b"0\r\nX-Request-ID: forged\r\n\r\n"
+    async with between(start) as (gateway, upstream), await Wire.to(gateway) as wire:
+        got = await wire.ask(request("/_proxy/health", "Transfer-Encoding: chunked") + chunked + request(PLAIN))
+        assert (got.status, got.all("Connection")) == (200, ["close"])
+        assert await wire.rest() == b""
+        assert upstream.seen == []
+
+
 async def test_no_cookie_is_kept_for_the_next_caller(start: Start) -> None:
     upstream = await RawUpstream(answer("Set-Cookie: session=a; Path=/", "Set-Cookie: other=b", body=b"{}")).start()
     upstream.url = f"http://localhost:{upstream.port}"  # a jar keeps nothing of an address

@@ -544,3 +544,12 @@ def test_the_wheel_carries_the_shipped_settings_and_the_page(tmp_path: Path) -> 
     assert (told.returncode, told.stderr) == (0, "")
     assert told.stdout.startswith("shipped defaults: ok\n")
     assert not list((tmp_path / "installed").glob("tests")), "only the package goes into site-packages"
+
+    words = run(
+        [executable, "-m", "proxy", "settings"],
+        cwd=tmp_path / "installed",
+        env={"HOME": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
+    assert words.stdout == (CHECKOUT / "docs" / "settings.md").read_bytes()

@@ -145,6 +145,33 @@ async def test_watch_with_json_is_one_object_a_line(start: Start) -> None:
     assert lines[1]["uptime"] > lines[0]["uptime"]
 
 
+async def test_watch_with_json_goes_on_over_a_restart_and_says_so_once(start: Start) -> None:
+    gateway: Gateway = await start()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND,
+        gateway.url,
+        "--json",
+        "--watch",
+        cwd=CHECKOUT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heeds_ctrl_c,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    before = json.loads(await process.stdout.readline())
+    await gateway.restart(pause=3.5)
+    while (after := json.loads(await process.stdout.readline()))["instance"] == before["instance"]:
+        pass
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 0
+    said = (await process.stderr.read()).decode().splitlines()
+    assert after["uptime"] < 10
+    assert len(said) == len(set(said)) >= 1
+    assert all(line.startswith("vast-proxy: no answer from ") and line.endswith("; trying again") for line in said)
+
+
 def test_watch_in_a_pipe_says_what_it_needs() -> None:
     with answering(200, STATUS) as (url, _):
         got = ask(url, "--watch")
@@ -182,6 +209,7 @@ def answering(status: int, body: Any, **headers: str) -> Iterator[tuple[str, lis
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.headers["asked-for"] = self.path
             seen.append(self.headers)
             self.send_response(status)
             for name, value in headers.items():
@@ -253,6 +281,12 @@ def test_what_it_is_told_is_text_and_no_markup_or_command_to_the_terminal() -> N
     assert "api counts as away: *" in got.stdout
 
 
+def test_all_of_it_is_asked_for_by_a_flag() -> None:
+    with answering(200, STATUS) as (url, seen):
+        assert ask(url).returncode == ask(url, "--all").returncode == 0
+    assert [headers["asked-for"] for headers in seen] == ["/_proxy/status", "/_proxy/status?all"]
+
+
 def test_an_older_status_stays_and_says_that_it_is_one() -> None:
     from rich.console import Console
 
@@ -273,3 +307,115 @@ def test_its_variables_are_not_taken_for_settings() -> None:
 )
 def test_durations_are_said_as_one_would(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+# --- Small terminals, other versions ----------------------------------------------------------------------------------
+
+LINE = {
+    "credential": "4a768f62",
+    "upstream": "api",
+    "route": "PUT /api/v0/instances/{id}/and/a/very/long/way/to/the/end/",
+    "waiting": 11,
+    "oldest_for": 754.2,
+    "held_by": "upstreams.max_connections",
+    "due_in": 4.2,
+    "newcomer_in": 55.0,
+    "callers": [{"caller": "ada.of.the.team", "waiting": 9, "urgency": 5}],
+}
+LIMIT = {
+    "credential": "4a768f62",
+    "upstream": "api",
+    "route": "GET /api/v0/instances/{id}/and/a/very/long/way/to/the/end/",
+    "interval": 1.5054,
+    "capacity": 1,
+    "source": "learned",
+    "due_in": 0.4,
+    "sends": 18,
+    "correction": "between 1.02 s (refused) and 2.02 s (accepted)",
+    "waiting": 0,
+}
+ORIGIN = {"waiting": 11, "in_flight": 3, "slots": 100, "rate": 2.0, "burst": 5, "tokens": 1.25}
+BUSY = STATUS | {"lines": [LINE] * 20, "line_count": 32, "limits": [LIMIT] * 30, "origins": {"api": ORIGIN}}
+
+
+def rows_of(told: Any, width: int, height: int | None = None) -> list[str]:
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(drawn(told, width=width, height=height))
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_whatever_the_width_each_entry_is_one_row_with_what_matters_most(width: int) -> None:
+    rows = rows_of(BUSY, width)
+    assert all(len(row) <= width for row in rows)
+    heads = [row for row in rows if row.startswith(("Waiting", "Limits"))]
+    entries = [row for row in rows if row.startswith(("PUT /api/v0/", "GET /api/v0/"))]
+    assert len(entries) == 50
+    assert all(row.split("  ")[0].endswith("the/end/") for row in entries), "shortened in the middle"
+    assert "oldest" in heads[0]
+    assert "13 min" in entries[0]
+    assert "one call in" in heads[1]
+    if width >= 80:
+        assert "held by" in heads[0]
+        assert "upstreams.max_connections" in entries[0]
+        assert "learned" in entries[-1]
+    if width >= 200:
+        assert "ada.of.the.team 9 (u=5), others 2" in entries[0]
+        assert "between 1.02 s (refused) and 2.02 s (accepted)" in entries[-1]
+    assert "… and 12 more" in rows, "of those that the proxy has not told of"
+    assert next(row for row in rows if row.startswith("ceiling, api")).split()[2:6] == ["1.2", "of", "5", "at"]
+
+
+@pytest.mark.parametrize("height", [20, 24, 40])
+@pytest.mark.parametrize("lines", [0, 2, 20])
+def test_in_a_low_terminal_who_waits_comes_first_and_the_rest_is_counted(height: int, lines: int) -> None:
+    told = BUSY | {"lines": [LINE] * lines, "line_count": lines}
+    rows = rows_of(told, 80, height)
+    assert len(rows) <= height
+    waiting = [at for at, row in enumerate(rows) if row.startswith("PUT ")]
+    limits = [at for at, row in enumerate(rows) if row.startswith("GET ")]
+    assert any(row.startswith("errors of ours") for row in rows)
+    if lines:
+        assert len(waiting) == min(lines, max(waiting) - min(waiting) + 1) >= min(lines, 2)
+        assert max(waiting) < min(limits, default=height)
+    if lines > len(waiting):
+        assert f"… and {lines - len(waiting)} more" in rows
+    if height > 20:
+        assert f"… and {30 - len(limits)} more" in rows
+
+
+def test_that_the_proxy_has_cut_a_list_is_said() -> None:
+    assert "… and more: --all shows them" in rows_of(BUSY | {"cut": ["lines", "limits"]}, 80)
+
+
+def fields_of(told: Any) -> list[tuple[Any, ...]]:
+    """The way to every field."""
+    if isinstance(told, dict):
+        return [(key, *rest) for key, value in told.items() for rest in ((), *fields_of(value))]
+    if isinstance(told, list) and told:
+        return [(0, *rest) for rest in fields_of(told[0])]
+    return []
+
+
+@pytest.mark.parametrize("way", [way for way in fields_of(BUSY) if way[-2:-1] != ("callers",)], ids=str)
+def test_what_a_proxy_of_another_version_does_not_tell_is_left_out(way: tuple[Any, ...]) -> None:
+    told = json.loads(json.dumps(BUSY | {"lines": [LINE], "limits": [LIMIT]}))
+    place = told
+    for step in way[:-1]:
+        place = place[step]
+    del place[way[-1]]
+    try:
+        assert rows_of(told, 200)
+    except StatusError:
+        assert "callers" in way, "no field is needed but those of who waits"
+
+
+def test_a_status_of_another_kind_is_said_so_in_one_line() -> None:
+    with answering(200, STATUS | {"version": "9", "lines": [{"route": [], "callers": [7]}]}) as (url, _):
+        got = ask(url)
+    assert got.returncode == 1
+    assert got.stderr.startswith("vast-proxy: vast-proxy 9 tells its status in a way that")
+    assert got.stderr.count("\n") == 1

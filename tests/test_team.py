@@ -332,8 +332,8 @@ async def test_the_log_names_the_member(team: Team, capsys: pytest.CaptureFixtur
     await gateway.put("/api/v0/users/", {}, key=BOB)
     await asyncio.sleep(0)
     first, second = capsys.readouterr().err.splitlines()
-    assert f"GET {SSH} caller=ada status=200" in first
-    assert "PUT /api/v0/users/ caller=bob status=403" in second
+    assert f"GET {SSH} caller=ada from=127.0.0.1 status=200" in first
+    assert "PUT /api/v0/users/ caller=bob from=127.0.0.1 status=403" in second
     assert "code=not_permitted" in second
 
 
@@ -539,3 +539,37 @@ async def test_neither_key_nor_token_is_in_a_file_a_status_or_a_repr(team: Team,
     for secret in (KEY, ADA):
         assert secret not in told
         assert not [file for file in files if secret in file.read_text()]
+
+
+# --- Reads that members share -----------------------------------------------------------------------------------------
+
+
+async def test_a_member_who_asks_what_another_s_crowd_asks_last_waits_no_longer_than_for_a_question_of_its_own(
+    team: Team,
+) -> None:
+    gateway = await team(limits={"global": {"rate": 1, "per": "1s", "burst": 1}})
+    crowd = [asyncio.create_task(gateway.get(f"/api/v0/machines?n={number}", key=ADA)) for number in range(40)]
+    await asyncio.sleep(1.0)
+    began = gateway.now()
+    same = asyncio.create_task(gateway.get("/api/v0/machines?n=39", key=BOB))
+    await asyncio.sleep(0.1)
+    assert (await same).status == 200
+    assert gateway.now() - began < 5.0
+    assert not crowd[38].done()
+    assert (await crowd[39]).status == 200
+    await asyncio.gather(*crowd)
+    assert len(gateway.fake.calls()) == 40
+
+
+async def test_a_follower_who_leaves_takes_its_place_along(team: Team) -> None:
+    gateway = await team(limits={"global": {"rate": 1, "per": "1s", "burst": 1}})
+    crowd = [asyncio.create_task(gateway.get(f"/api/v0/machines?n={number}", key=ADA)) for number in range(10)]
+    await asyncio.sleep(0.5)
+    same = asyncio.create_task(gateway.get("/api/v0/machines?n=9", key=BOB))
+    await asyncio.sleep(0.1)
+    same.cancel()
+    await asyncio.gather(same, return_exceptions=True)
+    await asyncio.sleep(5.0)
+    assert not crowd[9].done()
+    await asyncio.gather(*crowd)
+    assert gateway.app.admission.origins["api"].callers == 0

@@ -17,7 +17,7 @@ from fake_vast import Fault
 from raw import request
 from test_bounds import stalled
 
-from proxy.policy.messages import CacheStatus, Exchange
+from proxy.policy.messages import CacheStatus, Exchange, Step
 from proxy.window import KEPT, LISTENERS, QUIET, STEP, STEPS
 
 pytestmark = pytest.mark.looptime
@@ -33,14 +33,26 @@ class Stream:
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self.answer = answer
         self.comments = 0
+        self.parts: dict[str, Any] = {}
 
-    async def event(self) -> Any:
-        """The next one; None at the end of the stream."""
+    async def raw(self) -> Any:
+        """The next event as it comes; None at the end of the stream."""
         while line := await self.answer.content.readline():
             if line.startswith(b"data: "):
                 return json.loads(line[6:])
             self.comments += line.startswith(b":")
         return None
+
+    async def event(self) -> Any:
+        """The next one, put together with what was told before as the page does it."""
+        told = await self.raw()
+        if told is not None:
+            self.parts |= told["now"]
+            self.parts = {name: part for name, part in self.parts.items() if part is not None}
+            told["now"] = {name: part for name, part in self.parts.items() if "/" not in name}
+            for group in ("lines", "limits"):
+                told["now"][group] = [part for name, part in self.parts.items() if name.startswith(f"{group}/")]
+        return told
 
 
 @asynccontextmanager
@@ -161,10 +173,12 @@ async def test_the_last_hundred_exchanges_and_the_last_hour_are_all_that_is_kept
     window = gateway.app.window
     for number in range(5000):
         at = number * STEP / 10
-        window.observe(Exchange(str(number), at, "GET", SSH, cache=CacheStatus.HIT, refusals=1, queued=number % 7))
+        exchange = Exchange(str(number), at, "GET", SSH, cache=CacheStatus.HIT, code="not_cached", queued=number % 7)
+        window.tried(exchange, Step(at, at, at, 429, 1, refused=True))
+        window.observe(exchange)
     assert len(window._recent) == KEPT
     assert len(window._hour) == STEPS
-    assert window._hour[-1].shown() == [499, 10, 10, 10, 0, 6]
+    assert window._hour[-1].shown() == [499, 10, 10, 10, 10, 0, 6]
     window.observe(Exchange(effect="admin"))
     assert window.seen == 5000
 
@@ -235,8 +249,90 @@ async def test_errors_and_429s_are_told(start: Start) -> None:
     async with listening(gateway) as stream:
         told = await stream.event()
     assert told["now"]["totals"]["our_errors"] == {"not_cached": 1}
-    assert [exchange["code"] for exchange in told["news"]["exchanges"]] == ["", "not_cached"]
+    assert [exchange.get("code") for exchange in told["news"]["exchanges"]] == [None, "not_cached"]
     assert sum(slot[3] for slot in told["news"]["slots"]) == 1
     assert sum(slot[4] for slot in told["news"]["slots"]) == 1
     [limit] = [limit for limit in told["now"]["limits"] if limit["route"] == f"GET {SSH}"]
     assert limit["correction"] or limit["source"] == "documented"
+
+
+async def test_of_what_stays_as_it_is_nothing_is_sent_again(start: Start) -> None:
+    """One refusal a second must not bring along all that is known of twenty keys."""
+    gateway = await start(fast=True)
+    for number in range(20):
+        await gateway.get(SSH, key=f"{number:064x}")
+    async with listening(gateway) as stream:
+        first = await stream.raw()
+        assert len([name for name in first["now"] if name.startswith("limits/")]) == 20
+        with suppress(TimeoutError):
+            async with asyncio.timeout(60):  # until its connections are closed, and every token is back
+                while await stream.raw():
+                    pass
+        await gateway.get(SSH, headers={"Cache-Control": "only-if-cached"}, key="another")
+        told = await stream.raw()
+    assert set(told["now"]) <= {"totals", "clients"}
+    assert len(json.dumps(told)) < 1000
+
+
+async def test_a_line_that_is_no_more_is_taken_away(start: Start) -> None:
+    gateway = await start()
+    async with listening(gateway) as stream:
+        await stream.raw()
+        await asyncio.gather(*(gateway.put(gateway.offer(n), RENT) for n in range(2)))
+        told: list[Any] = []
+        while not told or told[-1] is not None:
+            told += [part for name, part in (await stream.raw())["now"].items() if name.startswith("lines/")]
+    assert told[0]["waiting"] == 1
+
+
+async def test_accounts_without_a_limit_are_left_out(start: Start) -> None:
+    gateway = await start(fast=True)
+    await gateway.get(SSH)
+    assert "account" in {limit["route"] for limit in (await gateway.get("/_proxy/status")).json["limits"]}
+    async with listening(gateway) as stream:
+        told = await stream.event()
+    assert {limit["route"] for limit in told["now"]["limits"]} == {f"GET {SSH}"}
+
+
+async def test_another_process_is_known_by_its_name_however_quick_it_was_there(start: Start) -> None:
+    gateway = await start()
+    names: list[str] = []
+    for _ in range(2):
+        async with listening(gateway) as stream:
+            names.append((await stream.event())["now"]["instance"])
+        await gateway.restart()
+    assert len(set(names)) == 2
+
+
+async def test_who_still_waits_is_in_the_last_hour_and_a_429_as_soon_as_it_came(start: Start) -> None:
+    gateway = await start()
+    gateway.fake.faults.append(Fault(match="PUT *", kind="refuse429", form="json_retry_after", retry_after=300))
+    renting = asyncio.create_task(gateway.put(gateway.offer(), RENT))
+    await asyncio.sleep(100)
+    async with listening(gateway) as stream:
+        told = await stream.event()
+    renting.cancel()
+    [line] = told["now"]["lines"]
+    assert told["news"]["wall"] - line["oldest_at"] == pytest.approx(100, abs=2)
+    assert line["held_by"]
+    slots = told["news"]["slots"]
+    assert [slot[1] for slot in slots] == [0] * len(slots), "it has not ended"
+    assert [slot[3] for slot in slots if slot[3]] == [1]
+    assert len(slots) >= 9
+    assert 85 <= slots[-1][6] <= 101
+    await asyncio.gather(renting, return_exceptions=True)
+
+
+async def test_an_error_of_the_clients_own_is_no_fault(start: Start) -> None:
+    gateway = await start(fast=True)
+    await gateway.get(SSH, headers={"Cache-Control": "only-if-cached"})
+    gateway.fake.faults.append(Fault(match="PUT *", kind="status", status=503))
+    await gateway.put(gateway.offer(), RENT)
+    async with listening(gateway) as stream:
+        told = await stream.event()
+    assert [(one["code"], one["kind"]) for one in told["news"]["exchanges"]] == [
+        ("not_cached", "client"),
+        ("outcome_unknown", "fault"),
+    ]
+    assert told["now"]["totals"]["error_kinds"] == {"not_cached": "client", "outcome_unknown": "fault"}
+    assert [sum(slot[at] for slot in told["news"]["slots"]) for at in (4, 5)] == [2, 1]

@@ -3,6 +3,8 @@
 "use strict";
 
 const KEPT = 100, STEPS = 360, STEP = 10;
+const narrow = matchMedia("(max-width: 58rem)");
+const first = () => (narrow.matches ? 8 : 20);  // rows of a long table that are shown, unless all are wanted
 const SVG = "http://www.w3.org/2000/svg";
 const at = (id) => document.getElementById(id);
 
@@ -10,8 +12,11 @@ let now = null;            // what is so
 let skew = 0;              // the proxy's clock less ours, seconds
 let step = 0;              // the number of the proxy's present step
 let stepped = 0;           // when we heard of it, milliseconds
-const hour = new Map();    // step -> [requests, saved, refusals, errors, wait]
+const hour = new Map();    // step -> [requests, saved, refusals, errors, faults, wait]
+const whole = new Set();    // tables of which all rows are wanted
 let exchanges = [];        // the latest first
+// What is not told of an exchange.
+const NOTHING = { id: "", route: "", caller: "", status: 0, code: "", kind: "", queued: 0, upstream: 0, attempts: 0, refusals: 0, left: false };
 
 // --- In words -------------------------------------------------------------------------------------------------------
 
@@ -41,9 +46,13 @@ const many = (value, one) => `${count(value)} ${value === 1 ? one : `${one}s`}`;
 
 function until(when) {
   if (when === null) return "under way";
-  const left = when - (Date.now() / 1000 + skew);
+  const left = when - present();
   return left <= 0.05 ? "now" : seconds(left < 1 ? Math.ceil(left * 10) / 10 : left);
 }
+
+const present = () => Date.now() / 1000 + skew;
+const ago = (when) => Math.max(0, present() - when);
+const key = (credential) => (credential === "*" ? "all keys" : credential);
 
 // Callers with the most requests in a line; how urgent those are, where it is not as usual (RFC 9218).
 function who(line) {
@@ -66,8 +75,16 @@ function say(node, text, kind = "") {
 }
 
 // Rows of cells, each [text, class, kind]; what is there is changed, so that a selection and the focus stay.
-function fill(id, rows) {
-  const table = at(id), body = table.tBodies[0];
+// `cut`: there are more than have been told of.
+function fill(id, all, cut = false) {
+  const table = at(id), body = table.tBodies[0], more = table.parentElement.querySelector(".more");
+  const rows = more && !whole.has(id) ? all.slice(0, first()) : all;
+  if (more) {
+    const rest = cut ? "; there are more: /_proxy/status?all" : "";
+    more.hidden = all.length <= first() && !cut;
+    more.dataset.of = id;
+    say(more, (whole.has(id) ? `Only the first ${first()}` : `All ${count(all.length)}`) + rest);
+  }
   const heads = table.tHead ? [...table.tHead.rows[0].cells].map((cell) => cell.textContent) : [];
   while (body.rows.length > rows.length) body.deleteRow(-1);
   rows.forEach((cells, y) => {
@@ -90,7 +107,7 @@ function fill(id, rows) {
 const PLOTS = [
   { name: "Requests", of: (slot) => slot[0], sum: true, told: count },
   { name: "Calls saved", of: (slot) => slot[1], sum: true, told: count },
-  { name: "Longest wait", of: (slot) => slot[4], sum: false, told: seconds },
+  { name: "Longest wait", of: (slot) => slot[5], sum: false, told: seconds },
   { name: "429s absorbed", of: (slot) => slot[2], sum: true, told: count, warn: true },
 ];
 
@@ -121,7 +138,20 @@ for (const plot of PLOTS) {
   make("span", axis, "now");
 }
 
+const oldest = () => now.lines.reduce((most, line) => Math.max(most, ago(line.oldest_at)), 0);
+
+function inTheHour(which) {
+  let sum = 0;
+  for (const [number, slot] of hour) if (number > step - STEPS) sum += slot[which];
+  return sum;
+}
+
 function draw() {
+  if (now.lines.length) {  // who still waits
+    const slot = hour.get(step) || [0, 0, 0, 0, 0, 0];
+    slot[5] = Math.max(slot[5], oldest());
+    hour.set(step, slot);
+  }
   for (const plot of PLOTS) {
     let most = 0, all = 0;
     const values = [];
@@ -151,6 +181,7 @@ const STATUS = {
   "4": (one) => one.status >= 400 && one.status < 500,
   "5": (one) => one.status >= 500,
   "code": (one) => one.code !== "",
+  "fault": (one) => one.kind === "fault" || (one.status >= 500 && !one.code),
   "429": (one) => one.refusals > 0 || one.status === 429,
   "left": (one) => one.left,
 };
@@ -171,7 +202,7 @@ function showExchanges() {
     [`${one.method} ${one.route || "–"}`, "route"],
     [one.caller || "–", "key"],
     [one.left ? "left" : one.code ? `${one.status} ${one.code}` : one.status, "n",
-      one.status >= 500 || one.code ? "bad" : one.status >= 400 || one.left ? "warn" : ""],
+      STATUS.fault(one) ? "bad" : one.kind === "client" ? "" : one.status >= 400 || one.code || one.left ? "warn" : ""],
     [one.cache, "cache", one.cache === "hit" || one.cache === "collapsed" ? "good" : one.cache === "stale" ? "warn" : ""],
     [one.queued >= 0.001 ? seconds(one.queued) : "", "n"],
     [one.upstream >= 0.001 ? seconds(one.upstream) : "", "n"],
@@ -182,32 +213,44 @@ function showExchanges() {
 
 function showTimed() {
   fill("lines", now.lines.map((line) => [
-    [line.route, "route"], [line.credential === "*" ? "all keys" : line.credential, "key"], [count(line.waiting), "n"],
+    [line.route, "route"], [key(line.credential), "key"], [count(line.waiting), "n"],
+    [seconds(Math.round(ago(line.oldest_at))), "n"], [line.held_by, "held"],
     [who(line), "who"], [until(line.due_at), "n"], [until(line.newcomer_at), "n"],
-  ]));
-  // An account without a limit, and without a reason to speak of it, says nothing.
-  const limits = now.limits.filter((limit) => limit.interval || limit.route !== "account" || limit.correction);
-  limits.sort((a, b) => b.waiting - a.waiting);
-  fill("limits", limits.map((limit) => [
+  ]), now.cut.includes("lines"));
+  fill("limits", now.limits.map((limit) => [
     [limit.route === "account" ? `the whole account${limit.upstream === "api" ? "" : ` (${limit.upstream})`}` : limit.route, "route"],
-    [limit.credential === "*" ? "all keys" : limit.credential, "key"],
+    [key(limit.credential), "key"],
     [limit.interval ? exact(limit.interval) : "no limit", "n"],
     [limit.interval ? count(limit.capacity) : "", "n"],
     [limit.interval ? limit.source : "", "", limit.source === "learned" ? "warn" : ""],
     [limit.interval ? until(limit.due_at) : "", "n"],
     [count(limit.sends), "n"],
     [limit.correction, "note"],
-  ]));
-  say(at("about"), `${now.version} · up ${seconds(Math.max(1, Date.now() / 1000 + skew - now.started))} · for ${now.upstreams.api}`);
+  ]), now.cut.includes("limits"));
+  say(at("about"), `${now.version} · up ${seconds(Math.max(1, ago(now.started)))} · for ${now.upstreams.api}`);
+  say(at("sum-waiting-more"),
+    now.waiting ? `in ${many(now.line_count, "line")}, oldest ${seconds(Math.round(oldest()))}` : "");
+  say(at("ceiling"), Object.entries(now.origins)
+    .filter(([name, origin]) => name === "api" || origin.waiting || origin.in_flight).map(ceiling).join(" · "));
 }
 
+// What all calls to an upstream share; how many may go at once just now follows from when all may again.
+function ceiling([name, origin]) {
+  const flying = `${count(origin.in_flight)} of ${many(origin.slots, "connection")} in use`;
+  const whose = name === "api" ? "All calls to the API" : `To ${name}`;
+  if (!origin.rate) return `${whose}: no ceiling, ${flying}`;
+  const left = origin.burst - Math.max(0, origin.full_at - present()) * origin.rate;
+  return `${whose}: ${Number(origin.rate.toFixed(2))} a second, up to ${origin.burst} at once (now ${Math.max(0, left).toFixed(1)}), ${flying}`;
+}
+
+// Whose matter an error is, and its colour.
+const WHOSE = { fault: ["something failed", "bad"], room: ["no room, or no time", "warn"], client: ["the client's own", ""] };
+
 function show() {
-  if (!now) return;
   const { totals, cache } = now;
   const errors = Object.values(totals.our_errors).reduce((sum, value) => sum + value, 0);
-  const longest = now.lines.reduce((most, line) => Math.max(most, line.newcomer_at || 0), 0);
+  const lately = inTheHour(3), faults = inTheHour(4);
   say(at("sum-waiting"), count(now.waiting), now.waiting ? "warn" : "");
-  say(at("sum-waiting-more"), now.waiting ? `in ${many(now.lines.length, "line")}, up to ${until(longest)}` : "");
   say(at("sum-flying"), count(now.in_flight));
   say(at("sum-flying-more"), `${count(totals.sent_upstream)} sent so far`);
   say(at("sum-requests"), count(totals.requests));
@@ -216,8 +259,8 @@ function show() {
   say(at("sum-saved-more"), totals.requests ? `${share(totals.calls_saved, totals.requests)} of requests` : "");
   say(at("sum-refused"), count(totals.refused_upstream));
   say(at("sum-refused-more"), totals.refused_upstream ? `${share(totals.refused_upstream, totals.sent_upstream)} of calls` : "");
-  say(at("sum-errors"), count(errors), errors ? "bad" : "");
-  say(at("sum-errors-more"), errors ? many(Object.keys(totals.our_errors).length, "kind") : "");
+  say(at("sum-errors"), count(errors), faults ? "bad" : "");
+  say(at("sum-errors-more"), errors ? `${count(lately)} in the last hour${faults ? `, ${many(faults, "fault")}` : ""}` : "");
 
   const away = Object.entries(now.away).filter(([, routes]) => routes.length)
     .map(([name, routes]) => `${name}: ${routes.includes("*") ? "everything" : routes.join(", ")}`);
@@ -236,15 +279,37 @@ function show() {
     ["Stored", `${many(cache.entries, "answer")}, ${bytes(cache.bytes)} of ${bytes(cache.max_bytes)}`],
     ["Pushed out early", count(cache.evictions)],
   ].map(([name, value]) => [[name], [value, "n"]]));
-  fill("errors", Object.entries(totals.our_errors).sort((a, b) => b[1] - a[1])
-    .map(([code, number]) => [[code, "key"], [count(number), "n"]]));
+  const rank = (code) => Object.keys(WHOSE).indexOf(totals.error_kinds[code]);
+  fill("errors", Object.entries(totals.our_errors).sort((a, b) => rank(a[0]) - rank(b[0]) || b[1] - a[1])
+    .map(([code, number]) => {
+      const [whose, kind] = WHOSE[totals.error_kinds[code]];
+      return [[code, "key", kind], [whose, "whose"], [count(number), "n"]];
+    }));
   showTimed();
 }
 
 // --- Live -----------------------------------------------------------------------------------------------------------
 
-function take({ now: fresh, news }) {
-  if (now && fresh.started > now.started + 5) {  // another process: what it tells begins anew
+// Of what is so, an event has the parts that have changed; lines and limits are a part each.
+function put(parts, changed) {
+  for (const [name, part] of Object.entries(changed)) {
+    if (part === null) parts.delete(name);
+    else parts.set(name, part);
+  }
+  const all = { lines: [], limits: [] };
+  for (const [name, part] of parts) {
+    const slash = name.indexOf("/");
+    if (slash < 0) all[name] = part;
+    else all[name.slice(0, slash)].push(part);
+  }
+  const interest = (limit) => (limit.waiting ? 0 : limit.source === "learned" || limit.correction ? 1 : 2);
+  all.lines.sort((a, b) => a.oldest_at - b.oldest_at);
+  all.limits.sort((a, b) => interest(a) - interest(b) || b.sends - a.sends);
+  return all;
+}
+
+function take(fresh, news) {
+  if (now && fresh.instance !== now.instance) {  // another process: what it tells begins anew
     exchanges = [];
     hour.clear();
   }
@@ -255,9 +320,10 @@ function take({ now: fresh, news }) {
   for (const [number, ...slot] of news.slots) hour.set(number, slot);
   for (const number of hour.keys()) if (number <= step - STEPS) hour.delete(number);
   const latest = exchanges.length ? exchanges[0].n : 0;
-  exchanges = [...news.exchanges.filter((one) => one.n > latest).reverse(), ...exchanges].slice(0, KEPT);
-  show();
+  const later = news.exchanges.filter((one) => one.n > latest).map((one) => ({ ...NOTHING, ...one }));
+  exchanges = [...later.reverse(), ...exchanges].slice(0, KEPT);
   draw();
+  show();
   showExchanges();
 }
 
@@ -272,7 +338,7 @@ const AGAIN = 2000, SILENT = 40000;  // milliseconds; the proxy says something e
 let following = null;                // the one loop that may follow; a new one ends it
 
 async function read(answer, heard) {
-  const reader = answer.body.getReader(), decoder = new TextDecoder();
+  const reader = answer.body.getReader(), decoder = new TextDecoder(), parts = new Map();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -283,7 +349,8 @@ async function read(answer, heard) {
     for (const event of events) {
       if (!event.startsWith("data: ")) continue;
       link("live", "live");
-      take(JSON.parse(event.slice(6)));
+      const told = JSON.parse(event.slice(6));
+      take(put(parts, told.now), told.news);
     }
   }
 }
@@ -360,6 +427,12 @@ follow();
 
 for (const id of ["filter-text", "filter-status", "filter-cache"]) at(id).addEventListener("input", showExchanges);
 at("filters").addEventListener("submit", (event) => event.preventDefault());
+for (const more of document.querySelectorAll(".more")) more.addEventListener("click", () => {
+  const id = more.dataset.of;
+  if (!whole.delete(id)) whole.add(id);
+  showTimed();
+  showExchanges();
+});
 setInterval(() => { if (now) showTimed(); }, 500);
 setInterval(() => {
   if (!now) return;

@@ -24,11 +24,11 @@ class BreakerRules:
     """When upstream counts as away, and how it is asked whether it is back: `breaker` in the settings."""
 
     failures: Count = 5
-    """Lost connections, 502, 503 and 504 in a row after which nobody but a probe is sent."""
+    """Lost connections, 502, 503 and 504 in a row, whosever calls they were."""
     probe_initial: Seconds = 1.0
-    """Before the first probe; doubles with each that fails."""
+    """Before the first probe; it doubles with each that fails."""
     probe_max: Seconds = 30.0
-    """The most between two probes."""
+    """The most between two probes. Less, to be back sooner after a long outage."""
 
 
 @dataclass(frozen=True, slots=True)

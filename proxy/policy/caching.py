@@ -24,15 +24,16 @@ class CacheRules:
     """Bounds on remembering: `cache` in the settings."""
 
     search_ttl: Seconds = 60.0
-    """How long the answer of a search is fresh."""
+    """How long the answer of a search for offers is fresh. Less, if you lose races for cheap machines."""
     stale_for: Seconds = 900.0
-    """How much longer it may be served when upstream will not answer."""
+    """How much longer it may be served when upstream will not give a new one."""
     stale_after: Seconds = 5.0
     """A wait for a turn up to this is preferred to a stale answer, a stale answer to a longer wait."""
     max_bytes: Bytes = 64 * 1024 * 1024
     """Stored bytes, all answers together; the least recently used go first."""
     share_searches: bool = False
-    """Searches are answered from one cache for all keys. Offers may depend on who asks: off by default."""
+    """true: searches are answered from one cache for all keys. Offers may depend on who asks, so only among your own
+    keys."""
 
 
 # --- The question -----------------------------------------------------------------------------------------------------

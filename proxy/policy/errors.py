@@ -13,6 +13,36 @@ from dataclasses import dataclass
 # Above 60 s the stock client does not try again by itself (vastai 1.9.1, api/client.py).
 GIVE_UP_AFTER = 61
 
+FAULT, ROOM, CLIENT = "fault", "room", "client"
+"""Whose matter an error is. Something failed, here or upstream, and somebody should look; there was no room or no time
+for it; or it is the client's own: what it asked for, or as whom."""
+CODES = {
+    "outcome_unknown": FAULT,
+    "internal_error": FAULT,
+    "upstream_unreachable": FAULT,
+    "upstream_timeout": FAULT,
+    "gateway_key_refused": FAULT,
+    "broken_off": FAULT,
+    "wait_too_long": ROOM,
+    "queue_full": ROOM,
+    "still_queued": ROOM,
+    "restarting": ROOM,
+    "overloaded": ROOM,
+    "not_cached": CLIENT,
+    "not_for_clients": CLIENT,
+    "idempotency_conflict": CLIENT,
+    "bad_request": CLIENT,
+    "body_too_large": CLIENT,
+    "request_timeout": CLIENT,
+    "token_needed": CLIENT,
+    "token_unknown": CLIENT,
+    "not_permitted": CLIENT,
+    "spends_used_up": CLIENT,
+    "cross_site": CLIENT,
+    "wrong_host": CLIENT,
+}
+"""Every code that a request to the vendor's paths can end with, and whose matter it is."""
+
 
 @dataclass(eq=False)  # not frozen: context managers set __traceback__ on what passes through them
 class Refusal(Exception):

@@ -30,7 +30,9 @@ class AdminRules:
     """Who sees what the proxy tells of itself: `admin` in the settings."""
 
     token: TokenHash | None = None
-    """Whoever brings it sees all pages, from wherever; without one only this machine does."""
+    """The hash of a token (`vast-proxy token new admin`) that opens the pages under `/_proxy/` to other machines, given
+    as `Authorization: Bearer vp_...`. null: only this machine sees them. `/_proxy/health` and `/_proxy/ready` are for
+    all."""
 
 
 # --- Addresses --------------------------------------------------------------------------------------------------------

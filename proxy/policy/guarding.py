@@ -28,7 +28,8 @@ class WriteRules:
     """Whether a write that comes again is the same one: `writes` in the settings."""
 
     guard: Seconds = 60.0
-    """How long a write whose outcome nobody has heard is taken for the same when it comes again; 0: never."""
+    """A write that was sent, and whose client left before it heard the outcome, is not sent again when the same comes
+    again (same key, path and body) within this time: it gets the outcome of the first. 0: always sent again."""
 
 
 @dataclass(frozen=True, slots=True)

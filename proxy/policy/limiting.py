@@ -46,8 +46,11 @@ class Ceiling:
     """At most `rate` calls each `per` seconds, after a burst of at most `burst`."""
 
     rate: Positive = 2.0
+    """Calls in `per`."""
     per: Seconds = 1.0
+    """The time in which `rate` calls may go. Not 0."""
     burst: Positive = 5.0
+    """Calls that may go at once after a pause; 1 or more."""
 
     def __post_init__(self) -> None:
         if self.per <= 0:
@@ -61,15 +64,21 @@ class LimitRules:
     """How fast to call: `limits` in the settings."""
 
     global_: Ceiling | None = Ceiling()
-    """Ceiling over everything sent to the API upstream; null turns it off."""
+    """At most `rate` calls in `per`, after a burst of at most `burst`: over everything sent to `upstreams.api`, whoever
+    asks. Lower the rate if several proxies share one address; null turns it off and leaves only the endpoints' own
+    intervals."""
     serverless: Ceiling | None = None
-    """The same for the serverless upstream: off, as it takes inference-time traffic."""
+    """The same for `upstreams.serverless`, such as `{rate: 20, per: 1s, burst: 40}`. null: off, inference is not slowed
+    down."""
     scale: Positive = 1.0
-    """Multiplies every documented and default interval; learned ones stay as learned."""
+    """Multiplies every documented and default interval (not those that are learned, nor your own under `routes`). Above
+    1 is more careful, below 1 is bolder."""
     scope: Literal["auto", "key", "ip"] = "auto"
-    """What the vendor counts by: auto starts with the key and learns; ip counts all keys together."""
+    """What Vast.ai counts by. auto: starts with the key, and learns if it is the address. key: each key by itself,
+    which also undoes what was learned of a shared address. ip: all keys together."""
     margin: Fraction = 0.01
-    """Added to every interval, as a fraction of it, against jitter on the way."""
+    """Added to every interval, your own too, as a fraction of it (0 to 1), against jitter on the way. More, if 429s
+    still come in."""
 
 
 @dataclass(frozen=True, slots=True)

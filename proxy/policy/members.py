@@ -43,9 +43,9 @@ class KeyRules:
     """Where one Vast key of the gateway is read from: an entry of `team.keys` in the settings."""
 
     file: Annotated[str, "file name"] = ""
-    """A file with the key and nothing else in it, such as a Docker secret."""
+    """A file with the key and nothing else in it, such as a Docker secret. It, or `env`, must be given."""
     env: str = ""
-    """Or the name of an environment variable."""
+    """The name of an environment variable that holds the key."""
 
     def __post_init__(self) -> None:
         if bool(self.file) == bool(self.env):
@@ -57,18 +57,19 @@ class Member:
     """One who may use the gateway: an entry of `team.members` in the settings."""
 
     token: TokenHash = ""
+    """The hash of the member's token. It must be given."""
     key: str = "default"
     """The one of `team.keys` that the calls are made with."""
     effects: tuple[Kind, ...] = EFFECTS
-    """What calls may do."""
+    """What calls may do; `vast-proxy routes` shows the effect of each route."""
     weight: Positive = 1.0
     """The share of turns, beside the other members'."""
     spends_per_day: Count | None = None
-    """Calls that cost money in a day of UTC; None: no limit."""
+    """Calls with the effect `spend` in a day of UTC; a bulk create counts for each of its offers. null: no limit."""
     deny: tuple[RouteName, ...] = ()
-    """Routes that are closed all the same."""
+    """Routes that are closed all the same, as `vast-proxy routes` prints them."""
     grant: tuple[RouteName, ...] = ()
-    """Routes that are open all the same, also those that are closed to members by themselves."""
+    """Routes that are open all the same, also those that are closed to members by themselves. `deny` goes before it."""
 
     def __post_init__(self) -> None:
         if not self.token:
@@ -80,7 +81,12 @@ class TeamRules:
     """Who may use the gateway, with which keys: `team` in the settings. Both empty: everybody brings an own key."""
 
     keys: Mapping[str, KeyRules] = field(default_factory=dict)
+    """The keys of the gateway by a name. A key stands in a file, which nobody else can read, or in an environment
+    variable, and is read at the start and on SIGHUP: `{default: {file: /run/secrets/vast_api_key}}`,
+    `{ci: {env: CI_KEY}}`."""
     members: Mapping[str, Member] = field(default_factory=dict)
+    """Who may use it. `vast-proxy token new NAME` makes a token; here is its hash. To revoke it, take out the line and
+    send SIGHUP. All but `token` may be left out."""
 
     def __bool__(self) -> bool:
         """Team mode; also when the last member's line is gone, for then nobody may come in."""

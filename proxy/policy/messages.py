@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -122,6 +122,10 @@ class CacheStatus(Enum):
     REFUSED = "refused"
 
 
+SAVING = (CacheStatus.HIT, CacheStatus.COLLAPSED, CacheStatus.STALE)
+"""How those are answered that need no call of their own; of stale ones some had one, in vain."""
+
+
 class Step(NamedTuple):
     """One try at upstream; monotonic seconds."""
 
@@ -133,6 +137,20 @@ class Step(NamedTuple):
     """When the answer came, or what there was instead."""
     status: int = 0
     """Of the answer; 0: none came."""
+    number: int = 0
+    """Which send of its request it is, from 1 on; 0: it was turned away, or given up before a byte was sent."""
+    refused: bool = False
+    """By a 429 that another turn solves."""
+
+
+def since(steps: Iterable[Step], joined: float) -> tuple[float, float]:
+    """What of these tries fell into the time of one who joined them then: seconds in line, and at upstream."""
+    queued = upstream = 0.0
+    for step in steps:
+        granted = step.ended if step.granted is None else step.granted
+        queued += max(0.0, granted - max(step.began, joined))
+        upstream += max(0.0, step.ended - max(granted, joined))
+    return queued, upstream
 
 
 class Trace(NamedTuple):
@@ -148,7 +166,11 @@ class Trace(NamedTuple):
 
 @dataclass(slots=True)
 class Exchange:
-    """The one record of a request, filled along the path and read by every observer at its end."""
+    """The one record of a request, filled along the path and read by every observer at its end.
+
+    Those who count sends and 429s are told of each try as it ends, with the record as it is then: a request may last
+    for half an hour, and the end of it is too late to learn that upstream refuses.
+    """
 
     request_id: str = ""
     """The client's X-Request-ID, or one that was made."""
@@ -163,6 +185,8 @@ class Exchange:
     """Which upstream it is for: "api" or "serverless"."""
     caller: str = ""
     """Digest of the credential, shortened."""
+    address: str = ""
+    """The client's, as far as it can be believed."""
     effect: str = ""
     status: int = 0
     code: str = ""
@@ -179,9 +203,9 @@ class Exchange:
     refusals: int = 0
     """429s absorbed."""
     queued: float = 0.0
-    """Seconds spent waiting for a turn, all attempts together."""
+    """Seconds in which it waited for a turn, all attempts together; of a shared call, only since it joined."""
     upstream: float = 0.0
-    """Seconds spent at upstream, all attempts together."""
+    """Seconds in which it was at upstream, likewise."""
     total: float = 0.0
     """Seconds from `began` to the end."""
     bytes_out: int = 0
@@ -191,6 +215,11 @@ class Exchange:
     """Its tries, in order; empty where another's call was shared, or nothing was waited for."""
     trace: Trace | None = None
     """None where nobody traces."""
+
+    @property
+    def saved(self) -> bool:
+        """It was answered without a call of its own."""
+        return not self.attempts and self.cache in SAVING
 
     @property
     def upstream_status(self) -> int:

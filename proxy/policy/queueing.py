@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, Literal, TypeVar
@@ -21,18 +20,20 @@ class QueueRules:
     """Bounds on waiting: `queue` in the settings."""
 
     max_waiting: Count = 10_000
-    """Requests of one caller that may wait in one line: for one endpoint, with one key."""
+    """Requests of one caller that may wait in one line: for one endpoint, with one key. Beyond it they are refused."""
     max_wait: Seconds = 1800.0
-    """The longest a request may wait for its turn."""
+    """The longest wait of a client that is kept awake by interim answers."""
     max_wait_plain: Seconds = 100.0
-    """How long a client that takes no heartbeat is held before it is told to come back: less than it would wait."""
+    """The longest wait of one that is not, and would hang up by itself: the stock client does after 120s of silence. If
+    it asks the same again within a minute, it goes on from its place."""
     heartbeat: Seconds = 15.0
-    """Between two interim answers to a client that waits; 0 turns them off."""
+    """Between two interim answers to a client that waits. 0 sends none."""
     heartbeats: Mapping[str, Interim] = field(
         default_factory=lambda: {
             "vastai-cli/": "100",
             "vastai-sdk/": "100",
             "python-requests/": "100",
+            "python-httpx/": "100",
             "python-urllib3/": "100",
             "Python-urllib/": "100",
             "aiohttp/": "100",
@@ -42,32 +43,34 @@ class QueueRules:
             "undici": "102",
         }
     )
-    """The interim status that each client is known to take, by the beginning of its User-Agent."""
+    """Which interim status keeps a client awake, by how its User-Agent begins: 100, 102, or none. The first that fits
+    counts, no other client is sent any. A file of your own adds to these; `none` takes one out."""
 
 
 USUAL = 3
 """The urgency of a request that says nothing (RFC 9218 4.1): 0 is the most urgent, 7 the least."""
+STOPS_MONEY, BULK = 1, 5
+"""The urgencies of what stops money running, and of what nobody waits for."""
+MANY = 8
+"""Requests of a caller that wait for the same, from which on they are bulk."""
 TURNS_LATER = 2.0
 """By how many turns of every other caller each step of urgency puts a request back: late, but never starved."""
+SECONDS_LATER = 10.0
+"""By how many seconds it puts one back among its own caller's: there too it is late, but never starved."""
 
 
 class Place:
-    """A request's place among all others: whose it is, how urgent, and when it came. Kept over every attempt."""
+    """A request's place among all others: whose it is, how urgent, and when it came."""
 
-    __slots__ = ("deadline", "left", "number", "start", "urgency", "weight", "who")
+    __slots__ = ("left", "number", "urgency", "weight", "who")
 
-    def __init__(
-        self, number: int, deadline: float, *, who: str = "", weight: float = 1.0, urgency: int = USUAL
-    ) -> None:
+    def __init__(self, number: int, *, who: str = "", weight: float = 1.0, urgency: int = USUAL) -> None:
         self.number = number
-        self.deadline = deadline
         self.who = who
         self.weight = weight
         self.urgency = urgency
-        self.start: float | None = None
-        """Its start tag, once it was served: who comes back takes the same place again."""
         self.left = False
-        """It no longer waits; the line drops it when it meets it."""
+        """It no longer waits; its flow drops it when it meets it."""
 
     def __lt__(self, other: Place) -> bool:
         return self.number < other.number
@@ -76,222 +79,341 @@ class Place:
 P = TypeVar("P", bound=Place)
 
 
-class Shares:
-    """Who has had how much, in virtual time: start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
+class Flow(Generic[P]):
+    """The requests of one caller and one urgency in one line, first come, first served: what stands in an `Order`."""
 
-    A request of a caller starts when its last one has finished, or now if that is past; it finishes one turn, divided
-    by the caller's weight, later. The lowest start goes first, and now is the start of who went last. So who has not
-    been served lately is before everybody who has, and nobody saves up turns.
-    """
+    __slots__ = ("_heap", "_left", "entry", "line", "order", "since", "step", "urgency", "who")
 
-    __slots__ = ("_finished", "now")
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._finished: dict[str, float] = {}
-
-    def start(self, who: str) -> float:
-        """The start tag of a request that comes now."""
-        return max(self.now, self._finished.get(who, 0.0))
-
-    def finished(self, who: str) -> float:
-        """When, in virtual time, its last one did."""
-        return self._finished.get(who, 0.0)
-
-    def served(self, who: str, weight: float, start: float) -> None:
-        """A request with that start tag has its turn."""
-        self.now = max(self.now, start)
-        self._finished[who] = max(start, self._finished.get(who, 0.0)) + 1.0 / weight
-        if len(self._finished) > 64 and len(self._finished) % 64 == 1:
-            self._finished = {name: at for name, at in self._finished.items() if at > self.now}
-
-
-def later(urgency: int) -> float:
-    """Turns by which a request of that urgency is put back."""
-    return TURNS_LATER * urgency
-
-
-class _Flow(Generic[P]):
-    """The requests of one caller and one urgency, oldest first."""
-
-    __slots__ = ("heap", "left", "start", "urgency", "version", "who")
-
-    def __init__(self, who: str, urgency: int, start: float) -> None:
+    def __init__(self, line: Line[P], who: str, urgency: int) -> None:
+        self.line = line
         self.who = who
         self.urgency = urgency
-        self.start = start
-        self.heap: list[P] = []
-        self.left = 0
-        self.version = 0
+        self.since = 0.0
+        """When its head became that (monotonic seconds)."""
+        self._heap: list[P] = []
+        self._left = 0
+        self.order: Order[P] | None = None
+        """Where it stands."""
+        self.entry = 0
+        self.step = urgency
+        """Its urgency when it took its stand."""
+
+    def __repr__(self) -> str:
+        return f"<Flow {self.who or '-'} u={self.urgency}: {len(self)} waiting>"
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._left
+
+    def __iter__(self) -> Iterator[P]:
+        return (place for place in self._heap if not place.left)
+
+    @property
+    def head(self) -> P | None:
+        """Who is next of these, or None."""
+        return self._heap[0] if self._heap else None
+
+    @property
+    def urgent(self) -> int:
+        """How urgent it is: many usual requests of one caller are bulk, all of them, so that their order stays."""
+        return BULK if self.urgency == USUAL and len(self) >= MANY else self.urgency
+
+    def push(self, place: P, now: float) -> None:
+        heappush(self._heap, place)
+        if self._heap[0] is place:
+            self.since = now
+
+    def drop(self, place: P, now: float) -> None:
+        """It does not wait any more."""
+        place.left = True
+        self._left += 1
+        head = self._heap[0]
+        while self._heap and self._heap[0].left:
+            heappop(self._heap)
+            self._left -= 1
+        if self._left > 16 and self._left * 2 > len(self._heap):
+            self._heap = list(self)
+            self._left = 0
+            heapify(self._heap)
+        if self._heap and self._heap[0] is not head:
+            self.since = now
 
 
 class Line(Generic[P]):
-    """Those who wait for one bucket: callers share it by weight, and each is served first come, first served.
+    """Those who wait for calls of one kind: to one endpoint, with one key. Owns who they are, not who goes next.
 
-    Joining, leaving and going cost O(log n), amortised.
+    Joining and leaving cost O(log n), amortised.
     """
 
-    __slots__ = ("_count", "_flows", "_order", "_shares", "_ties", "_waiting", "_weight")
+    __slots__ = ("_counts", "_waiting", "_weight", "flows")
 
     def __init__(self) -> None:
-        self._flows: dict[tuple[str, int], _Flow[P]] = {}
-        # (start tag and what urgency adds, number of the flow's head, tie-break, flow, its version)
-        self._order: list[tuple[float, int, int, _Flow[P], int]] = []
-        self._shares = Shares()
-        self._ties = 0
-        self._count = 0
-        # Of each caller who waits: how many of its requests do, and its weight.
+        self.flows: dict[tuple[str, int], Flow[P]] = {}
+        self._counts = [0] * 8
+        # Of each caller who waits: with how many requests, and its weight.
         self._waiting: dict[str, tuple[int, float]] = {}
         self._weight = 0.0
 
     def __len__(self) -> int:
-        return self._count
+        return sum(self._counts)
+
+    def __iter__(self) -> Iterator[P]:
+        return (place for flow in self.flows.values() for place in flow)
 
     def waiting_of(self, who: str) -> int:
         """Requests of a caller that wait."""
         return self._waiting.get(who, (0, 0.0))[0]
 
-    def callers(self) -> Iterator[tuple[str, int, int]]:
-        """Who waits, how urgently, and with how many requests."""
-        for (who, urgency), flow in self._flows.items():
-            if len(flow.heap) > flow.left:
-                yield who, urgency, len(flow.heap) - flow.left
+    def ahead_of(self, who: str, weight: float, urgency: int = USUAL, *, own: int | None = None, more: int = 0) -> int:
+        """An estimate of how many turns come before that of a request which joins now.
 
-    def heads(self) -> Iterator[P]:
-        """Of every caller and urgency, who has waited longest."""
-        for flow in self._flows.values():
-            first = min((place for place in flow.heap if not place.left), default=None)
-            if first is not None:
-                yield first
+        `own`: so many of its caller's, if not all that are as urgent; `more`: so many others of its like come first.
+        """
+        mine = [len(self.flows.get((who, step), ())) for step in range(8)]
+        own = (sum(mine[: urgency + 1]) if own is None else own) + more
+        others = sum(self._counts[: urgency + 1]) - sum(mine[: urgency + 1])
+        callers = len(self._waiting) - (who in self._waiting)
+        weights = max(0.0, self._weight - self._waiting.get(who, (0, 0.0))[1])
+        # Of every other caller one that came before, and as many as its weight gives it while these have their turns.
+        return own + min(others, callers + int(min(own * weights / weight, others)))
 
-    def ahead_of(self, who: str, weight: float, more: int = 0) -> int:
-        """An estimate of how many turns come before that of a request which joins now, or after `more` of its like."""
-        own, known = self._waiting.get(who, (0, 0.0))
-        own, others = own + more, self._count - own
-        return own + min(others, math.ceil((own + 1) * (self._weight - known) / weight))
-
-    def join(self, place: P) -> None:
-        """Take a place; one that comes back takes its old one."""
-        if place.start is not None:
-            place.start = min(place.start, self._shares.now)  # of a time that may be over
-        flow = self._flows.get((place.who, place.urgency))
+    def join(self, place: P, now: float) -> Flow[P]:
+        """Take a place; one that comes back takes its old one, by its number."""
+        flow = self.flows.get((place.who, place.urgency))
         if flow is None:
-            flow = _Flow(place.who, place.urgency, self._shares.start(place.who))
-            self._flows[place.who, place.urgency] = flow
-        heappush(flow.heap, place)
-        self._count += 1
+            flow = self.flows[place.who, place.urgency] = Flow(self, place.who, place.urgency)
+        flow.push(place, now)
+        self._counts[place.urgency] += 1
         own, known = self._waiting.get(place.who, (0, 0.0))
         self._weight += place.weight - known
         self._waiting[place.who] = own + 1, place.weight
-        if flow.heap[0] is place:
-            self._list(flow)
+        return flow
 
-    def leave(self, place: P) -> None:
-        """Give the place up. It is dropped when it comes to the head, or with the others once they are the most."""
-        place.left = True
-        if self._gone(place):
-            return
-        flow = self._flows[place.who, place.urgency]
-        flow.left += 1
-        if flow.left > 16 and flow.left * 2 > len(flow.heap):
-            flow.heap = [waiting for waiting in flow.heap if not waiting.left]
-            flow.left = 0
-            heapify(flow.heap)
-            self._list(flow)
-
-    def head(self) -> P | None:
-        """Who is next, or None."""
-        while self._order:
-            key, number, _, flow, version = self._order[0]
-            if version != flow.version:
-                heappop(self._order)
-                continue
-            while flow.heap and flow.heap[0].left:
-                heappop(flow.heap)
-                flow.left -= 1
-            if flow.heap and flow.heap[0].number == number and self._key(flow) <= key:
-                return flow.heap[0]
-            self._list(flow)  # its head has left, or its caller was served meanwhile
-        return None
-
-    def pop(self) -> P:
-        """Take the head out; there must be one."""
-        head = self.head()
-        assert head is not None
-        flow = self._flows[head.who, head.urgency]
-        heappop(flow.heap)
-        start = head.start = self._start(flow, head)
-        if not self._gone(head):
-            self._shares.served(head.who, head.weight, start)
-            flow.start = max(flow.start, self._shares.finished(head.who))
-            self._list(flow)
-        return head
-
-    def _gone(self, place: P) -> bool:
-        """One fewer waits. True if nobody does any more, and nobody is behind anybody."""
-        self._count -= 1
+    def leave(self, place: P, now: float) -> Flow[P]:
+        """Give the place up, or go."""
+        flow = self.flows[place.who, place.urgency]
+        flow.drop(place, now)
+        if not flow:
+            del self.flows[place.who, place.urgency]
+        self._counts[place.urgency] -= 1
         own, known = self._waiting[place.who]
         if own > 1:
             self._waiting[place.who] = own - 1, known
         else:
             del self._waiting[place.who]
             self._weight = self._weight - known if self._waiting else 0.0
-        if self._count:
-            return False
-        self._flows.clear()
-        self._order.clear()
+        return flow
+
+
+class Shares:
+    """Who has had how much, in virtual time: start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
+
+    A request of a caller starts when its last one has finished, or now if that is past; it finishes one turn, divided
+    by the caller's weight, later. The lowest start goes first. Now is the start of who went last, and moves on by what
+    a turn is among all who wait and one more: so who comes now is before those who were served just now, but callers
+    who come anew all the time are not before those who were served once (as in WF2Q+, Bennett and Zhang 1997).
+    """
+
+    __slots__ = ("_count", "_most", "_starts", "_waiting", "_weight", "now")
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._starts: dict[str, float] = {}
+        self._most = 64
+        # Of each caller who waits: with how many requests, and its weight.
+        self._waiting: dict[str, tuple[int, float]] = {}
+        self._count = 0
+        self._weight = 0.0
+
+    def __len__(self) -> int:
+        """Callers who wait."""
+        return len(self._waiting)
+
+    def ahead_of(self, who: str, weight: float, own: int) -> int:
+        """An estimate of how many requests of others have their turns before `own` of this caller's, and one more."""
+        mine, known = self._waiting.get(who, (0, 0.0))
+        others, weights = self._count - mine, max(0.0, self._weight - known)
+        # Of every other caller one that came before, and as many as its weight gives it while those have their turns.
+        return min(others, len(self._waiting) - (mine > 0) + int(min(own * weights / weight, others)))
+
+    def start(self, who: str) -> float:
+        """The start tag of its next request."""
+        return self._starts.get(who, self.now)
+
+    def join(self, who: str, weight: float, again: bool = False) -> None:
+        """One more request of it waits. `again`: its last turn came to nothing, and shall not have counted."""
+        own, known = self._waiting.get(who, (0, 0.0))
+        self._waiting[who] = own + 1, weight
+        self._count += 1
+        self._weight += weight - known
+        start = self.start(who)
+        if again:
+            start -= 1.0 / weight
+        self._starts[who] = start if own or again else max(start, self.now)
+
+    def leave(self, who: str) -> None:
+        """One of its requests waits no more."""
+        own, known = self._waiting[who]
+        self._count -= 1
+        if own > 1:
+            self._waiting[who] = own - 1, known
+            return
+        del self._waiting[who]
+        self._weight = self._weight - known if self._waiting else 0.0
+        if len(self._starts) > self._most:  # who has had no more than others is like one who never came
+            self._starts = {
+                name: start for name, start in self._starts.items() if name in self._waiting or start > self.now
+            }
+            self._most = max(64, 2 * len(self._starts))
+
+    def served(self, who: str, weight: float) -> None:
+        """A request of it, which still waits, has its turn."""
+        start = self.start(who)
+        self.now = max(self.now + 1.0 / (self._weight + 1.0), start)
+        self._starts[who] = start + 1.0 / weight
+
+
+class _Standing(Generic[P]):
+    """The flows of one caller in one order."""
+
+    __slots__ = ("entries", "flows", "steps", "version")
+
+    def __init__(self) -> None:
+        # (when its head came there, and what its urgency adds; number of the head; tie-break; flow; its entry)
+        self.entries: list[tuple[float, int, int, Flow[P], int]] = []
+        self.flows = 0
+        self.steps = [0] * 8
+        self.version = 0
+
+
+class Order(Generic[P]):
+    """Flows that wait for the same thing, of whichever lines: callers share it by weight, and `best` goes first.
+
+    Between callers the start tag counts, put back by `TURNS_LATER` for each step of the urgency of the most urgent that
+    a caller has here. Which of a caller's own goes is another matter: the one that has been the head of its flow for
+    longest, put back by `SECONDS_LATER` for each step. Everything costs O(log n), amortised.
+    """
+
+    __slots__ = ("_callers", "_count", "_ranks", "_shares", "_ties")
+
+    def __init__(self) -> None:
         self._shares = Shares()
-        return True
+        self._callers: dict[str, _Standing[P]] = {}
+        # (start tag and what urgency adds; number of the head; tie-break; caller; its version)
+        self._ranks: list[tuple[float, int, int, _Standing[P], int]] = []
+        self._ties = 0
+        self._count = 0
 
-    def _start(self, flow: _Flow[P], head: P) -> float:
-        return head.start if head.start is not None else max(flow.start, self._shares.finished(flow.who))
+    def __len__(self) -> int:
+        """Flows that stand here."""
+        return self._count
 
-    def _key(self, flow: _Flow[P]) -> float:
-        return self._start(flow, flow.heap[0]) + later(flow.urgency)
+    @property
+    def callers(self) -> int:
+        """Who has anybody that needs what these wait for."""
+        return len(self._shares)
 
-    def _list(self, flow: _Flow[P]) -> None:
-        """Put a flow where its head belongs, or away if it has none."""
-        flow.version += 1
-        while flow.heap and flow.heap[0].left:
-            heappop(flow.heap)
-            flow.left -= 1
-        if flow.heap:
-            self._ties += 1
-            heappush(self._order, (self._key(flow), flow.heap[0].number, self._ties, flow, flow.version))
-            if len(self._order) > 64 + 4 * len(self._flows):
-                self._order = [entry for entry in self._order if entry[4] == entry[3].version]
-                heapify(self._order)
+    def ahead_of(self, who: str, weight: float, size: Callable[[Flow[P]], int]) -> int:
+        """An estimate of how many turns come before that of a request whose flow stands here now.
+
+        `size`: how many requests of a flow that stands here will go one after the other.
+        """
+        standing = self._callers.get(who)
+        entries = standing.entries if standing is not None else ()
+        own = sum(size(flow) for _, _, _, flow, entry in entries if entry == flow.entry)
+        return own + self._shares.ahead_of(who, weight, own)
+
+    def join(self, place: Place, again: bool = False) -> None:
+        """One more request needs what these wait for, wherever it stands; `again`: it had a turn for nothing."""
+        self._shares.join(place.who, place.weight, again)
+        if again and place.who in self._callers:
+            self._rank(place.who)
+
+    def leave(self, place: Place) -> None:
+        """One fewer does."""
+        self._shares.leave(place.who)
+
+    def served(self, place: Place) -> None:
+        """This one has its turn; it is yet to leave."""
+        self._shares.served(place.who, place.weight)
+        if place.who in self._callers:
+            self._rank(place.who)
+
+    def forget(self) -> None:
+        """Nobody is here: nobody is behind anybody."""
+        self._shares = Shares()
+
+    def stand(self, flow: Flow[P]) -> None:
+        """A flow takes its stand here, and nowhere else."""
+        head = flow.head
+        assert head is not None
+        assert flow.order is None
+        flow.order, flow.step = self, flow.urgent
+        flow.entry += 1
+        standing = self._callers.get(flow.who)
+        if standing is None:
+            standing = self._callers[flow.who] = _Standing()
+        self._ties += 1
+        key = flow.since + SECONDS_LATER * flow.step
+        heappush(standing.entries, (key, head.number, self._ties, flow, flow.entry))
+        standing.flows += 1
+        standing.steps[flow.step] += 1
+        self._count += 1
+        self._rank(flow.who)
+
+    def go(self, flow: Flow[P]) -> None:
+        """It stands here no more."""
+        flow.order = None
+        flow.entry += 1
+        standing = self._callers[flow.who]
+        standing.flows -= 1
+        standing.steps[flow.step] -= 1
+        self._count -= 1
+        if standing.flows:
+            self._rank(flow.who)
         else:
-            del self._flows[flow.who, flow.urgency]
+            standing.version += 1
+            del self._callers[flow.who]
+
+    def best(self) -> Flow[P] | None:
+        """Which goes first; it stays."""
+        ranks = self._ranks
+        while ranks:
+            _, _, _, standing, version = ranks[0]
+            if version == standing.version:
+                return standing.entries[0][3]
+            heappop(ranks)
+        return None
+
+    def _rank(self, who: str) -> None:
+        """Put a caller where it belongs by now."""
+        standing = self._callers[who]
+        entries = standing.entries
+        while entries[0][4] != entries[0][3].entry:
+            heappop(entries)
+        if len(entries) > 16 + 4 * standing.flows:
+            entries[:] = [item for item in entries if item[4] == item[3].entry]
+            heapify(entries)
+        step = next(step for step, count in enumerate(standing.steps) if count)
+        standing.version += 1
+        self._ties += 1
+        rank = self._shares.start(who) + TURNS_LATER * step
+        heappush(self._ranks, (rank, entries[0][1], self._ties, standing, standing.version))
+        if len(self._ranks) > 64 + 4 * len(self._callers):
+            self._ranks = [item for item in self._ranks if item[4] == item[3].version]
+            heapify(self._ranks)
 
 
-STOPS_MONEY, BULK = 1, 5
-"""The urgencies of what stops money running, and of what nobody waits for."""
-MANY = 8
-"""Requests of a caller that wait for the same, from which on one more is bulk."""
 _STOPPED = re.compile(rb'"state"\s*:\s*"stopped"')
 _URGENCY = re.compile(r"(?:^|,)\s*u\s*=\s*([0-7])\s*(?:$|[,;])")
 
 
-def urgency(route: Route, request: Request) -> int | None:
-    """How urgent a request is by itself: what its Priority says (RFC 9218 4.1, `u=0` to `u=7`), else by what it does.
-
-    None: nothing says so, and it goes by what else there is of its caller's, see `usual_or_bulk`.
-    """
+def urgency(route: Route, request: Request) -> int:
+    """How urgent a request is: what its Priority says (RFC 9218 4.1, `u=0` to `u=7`), else by what it does."""
     told = _URGENCY.search(header(request.headers, "priority") or "")
     if told is not None:
         return int(told[1])
     stops = route.effect is Effect.WRITE and (route.method == "DELETE" or _STOPPED.search(request.body))
-    return STOPS_MONEY if stops else None
-
-
-def usual_or_bulk(waiting: int, polled: bool) -> int:
-    """What somebody waits for goes before bulk.
-
-    Bulk are requests of a caller of whom many wait already (`waiting`), and a read that is asked for again and again
-    (`polled`).
-    """
-    return BULK if polled or waiting >= MANY else USUAL
+    return STOPS_MONEY if stops else USUAL
 
 
 _ON_THE_WIRE: Mapping[Interim, bytes] = {

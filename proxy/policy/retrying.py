@@ -19,9 +19,9 @@ class RetryRules:
     """Bounds on sending again after a failure: `retry` in the settings."""
 
     max_attempts: Count = 5
-    """Sends of one request that may fail (lost connections, 502, 503, 504) before the failure is told."""
+    """Sends that may fail before the client is told."""
     backoff_initial: Seconds = 0.5
-    """The most that is waited after the first failure; doubles with each further one."""
+    """The most that is waited after the first failure; it doubles with each further one."""
     backoff_max: Seconds = 10.0
     """The most that is waited after any failure."""
 

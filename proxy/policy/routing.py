@@ -39,20 +39,23 @@ class Effect(StrEnum):
     SPEND = "spend"
     """Costs money, or makes a second one when repeated."""
     AUTH = "auth"
-    """Handles keys, codes or secrets: never stored, shared or logged."""
+    """Handles keys, codes or secrets: never stored or shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Answers that age alike and are voided together."""
+    """Answers that age alike and are voided together: `families` in the settings. `{instances: {ttl: 3s}}` makes those
+    of instances older."""
 
     name: str
-    ttl: float | None
-    """Seconds for which an answer is fresh; None: as the settings say for searches."""
+    ttl: float | None  # None: `search`
+    """How long an answer is fresh: a duration, or `search`, which is `cache.search_ttl`. A new family needs it."""
     stale_for: float | None
-    """Seconds after that in which it may serve when upstream will not answer; None: as for `ttl`."""
+    """How much longer it may be served when upstream will not give a new one: a duration, or `search`, which is
+    `cache.stale_for`. 0, if it is not given."""
     market: bool
-    """About the market, not about who asks: one caller's write voids it for all."""
+    """true: the answers are about the market and not about who asks. One caller's rental voids them for everybody, and
+    a voided one may still serve as a stale one. false, if it is not given."""
 
 
 @dataclass(frozen=True, slots=True)
