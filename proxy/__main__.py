@@ -107,7 +107,8 @@ def _new_token(options: argparse.Namespace) -> int:
     print(f"For {options.name}, in the place of the client's key; it is not shown again:")
     print(f"  export VAST_API_KEY={token}")
     print("For the settings, where only its hash is kept; the proxy takes it up on SIGHUP:")
-    print(f'  team: {{members: {{{options.name}: {{token: "{hashed(token)}"}}}}}}')
+    # In quotes, for @x is no YAML without, and 1e3 and null are no names.
+    print(f'  team: {{members: {{"{options.name}": {{token: "{hashed(token)}"}}}}}}')
     return OK
 
 

@@ -30,8 +30,9 @@ from .own import Own
 from .pipeline import Pipeline
 from .policy.breaking import Breaker
 from .policy.errors import Refusal
+from .policy.exposure import is_loopback
 from .server import Server
-from .settings import Listen, LogRules, Settings, SettingsError, kept, need_restart
+from .settings import OPEN, Listen, LogRules, Settings, SettingsError, kept, need_restart
 from .spends import Spends
 from .store import MemoryStore
 from .upstream import Upstream
@@ -158,7 +159,7 @@ class App:
         self.server.pre_shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self.pipeline.flights or any(c._request_in_progress for c in self.server.connections):
+                while self.pipeline.flights or self.server.answering:
                     await self.clock.sleep(0.05)
         self.server.cut_short()
         await self.server.shutdown(0.5)
@@ -178,7 +179,13 @@ class App:
             await self.tracing.close()
 
     def reload(self, settings: Settings) -> list[str]:
-        """Put other settings in force for every request from now on. Names those that need a restart."""
+        """Put other settings in force for every request from now on. Names those that need a restart.
+
+        Raises SettingsError, and nothing changes, where they would open to everybody what listens to other machines.
+        """
+        if not (is_loopback(self.address.host) or settings.team or settings.allow_open):
+            msg = f"listen: the address in use stays {self.address} until a restart, and {OPEN.format(self.address)}"
+            raise SettingsError(msg)
         before, self.settings = self.settings, settings
         if self._certificate is not None and settings.tls.cert is not None and settings.tls.key is not None:
             try:
@@ -447,12 +454,12 @@ async def run(settings: Settings, reload: Callable[[], Settings]) -> None:
     def on_reload() -> None:
         try:
             fresh = reload()
+            kept = app.reload(fresh)
         except SettingsError as error:
             log.error("not reloaded, the settings in force stay:\n%s", error)
             return
         configure_logging(fresh.log)
         raise_open_files(fresh)
-        kept = app.reload(fresh)
         log.info("settings reloaded from %s%s", fresh.source, f"; need a restart: {', '.join(kept)}" if kept else "")
 
     # Before it listens: who sees that it does may send one at once.

@@ -9,7 +9,7 @@ import socket
 import sys
 import termios
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from .clock import Clock
@@ -25,44 +25,77 @@ LOOK_EVERY = 1.0
 
 
 class Connections(Generic[C]):
-    """Who is connected, and who of them is idle, longest first. A new one may take the place of an idle one."""
+    """Who is connected, and who of them may have to make room for another: the idle, then those that are coming in.
+
+    A request is coming in until it is there as a whole, and until it is known that it is let in. Of both those go first
+    that have been so for longest.
+    """
 
     def __init__(self, close: Callable[[C], None]) -> None:
         """`close` is given the one that has to make room."""
         self._close = close
         self._open: set[C] = set()
         self._idle: OrderedDict[C, None] = OrderedDict()
+        self._coming: OrderedDict[C, None] = OrderedDict()
 
     def __repr__(self) -> str:
-        return f"<Connections {len(self._open)} open, {len(self._idle)} idle>"
+        return f"<Connections {len(self._open)} open, {len(self._idle)} idle, {len(self._coming)} coming in>"
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[C]:
+        return iter(self._open)
+
     def admit(self, one: C, most: int) -> bool:
-        """Count one that is new, and idle as yet. False if there are `most` and none of them is idle."""
+        """Count one that is new, and idle as yet. False if there are `most` and none of them has to make room."""
         while len(self._open) >= most:
-            if not self._idle:
+            if not (self._idle or self._coming):
                 return False
-            longest = self._idle.popitem(last=False)[0]
-            self._open.discard(longest)  # now, for it takes a moment to be gone
-            self._close(longest)
+            self._close_first(self._idle or self._coming)
         self._open.add(one)
         self._idle[one] = None
         return True
 
+    def make_room(self, asks: C, has_any: Callable[[C], bool]) -> C | None:
+        """Close the first of those that are coming in and have any of what `asks` needs, which may not be itself."""
+        first = next(filter(has_any, self._coming), asks)
+        if first == asks:
+            return None
+        self._coming.move_to_end(first, last=False)
+        return self._close_first(self._coming)
+
+    def _close_first(self, ones: OrderedDict[C, None]) -> C:
+        first = ones.popitem(last=False)[0]
+        self._open.discard(first)  # now, for it takes a moment to be gone
+        self._close(first)
+        return first
+
+    def coming(self, one: C) -> None:
+        """It has a request, of which it is not known what there is to it."""
+        if one in self._open and one not in self._coming:
+            self._idle.pop(one, None)
+            self._coming[one] = None
+
     def busy(self, one: C) -> None:
-        """It has a request."""
+        """Its request is there, and is let in."""
+        self._coming.pop(one, None)
         self._idle.pop(one, None)
+
+    def is_busy(self, one: C) -> bool:
+        """Is there somebody to be answered?"""
+        return one in self._open and one not in self._idle and one not in self._coming
 
     def idle(self, one: C) -> None:
         """Its requests are answered."""
         if one in self._open:
+            self._coming.pop(one, None)
             self._idle[one] = None
 
     def gone(self, one: C) -> None:
         """It is closed."""
         self._open.discard(one)
+        self._coming.pop(one, None)
         self._idle.pop(one, None)
 
 
@@ -76,13 +109,14 @@ class Bodies:
     def __repr__(self) -> str:
         return f"<Bodies {self.size} bytes for {len(self._held)}>"
 
-    def take(self, holder: object, size: int, most: int) -> bool:
-        """Hold so much more; False, and nothing changes, if that were more than `most` for all together."""
-        if self.size + size > most:
-            return False
+    def take(self, holder: object, size: int) -> None:
+        """Hold so much more."""
         self._held[holder] = self._held.get(holder, 0) + size
         self.size += size
-        return True
+
+    def has(self, holder: object) -> bool:
+        """Is there anything held for it?"""
+        return holder in self._held
 
     def give_back(self, holder: object) -> None:
         """All that is held for it."""

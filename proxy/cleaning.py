@@ -11,7 +11,7 @@ from .policy.errors import UpstreamError
 from .policy.limiting import decoded
 from .policy.masking import Stream, mask_of, shows_account_keys, without_account_keys
 from .policy.members import Keys
-from .policy.messages import Response, Rest, header
+from .policy.messages import Response, Rest, content_coding
 from .policy.routing import Route
 
 LARGEST = 64 * 1024 * 1024
@@ -31,7 +31,7 @@ def cleaned(response: Response, route: Route, keys: Keys) -> Response:
     mask = mask_of(tuple(sorted(key.value for key in keys.values())))
     reason = mask.cover(response.reason.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
     response = replace(response, headers=mask.headers(response.headers), reason=reason)
-    if response.status == 401 or (response.status == 404 and b"Session expired" in response.body):
+    if response.status == 401:
         return _of_the_gateway(response)
     accounts = shows_account_keys(route)
     if response.rest is not None:
@@ -39,6 +39,8 @@ def cleaned(response: Response, route: Route, keys: Keys) -> Response:
     if not response.body:
         return response
     plain = decoded(response.headers, response.body, LARGEST)
+    if response.status == 404 and plain is not None and b"Session expired" in plain:
+        return _of_the_gateway(response)
     if plain is None and response.status == 429:
         return replace(_uncoded(response), body=b"")  # that it was refused must not be lost over its words
     if plain is None:
@@ -64,7 +66,8 @@ def _of_the_gateway(response: Response) -> Response:
     }
     left_out = ("content-type", "www-authenticate")
     kept = tuple(item for item in _uncoded(response).headers if item[0].lower() not in left_out)
-    return Response(403, (*kept, ("Content-Type", "application/json")), json.dumps(told).encode())
+    headers, body = (*kept, ("Content-Type", "application/json")), json.dumps(told).encode()
+    return Response(403, headers, body, redirected=response.redirected)
 
 
 def _opaque() -> UpstreamError:
@@ -77,11 +80,11 @@ def _uncoded(response: Response) -> Response:
 
 
 def _streamed(response: Response, rest: Rest, stream: Stream, *, accounts: bool) -> Response:
-    coding = (header(response.headers, "content-encoding") or "identity").strip().lower()
-    if accounts or coding not in ("identity", "", "gzip", "x-gzip"):
+    coding = content_coding(response.headers)
+    if accounts or coding not in ("identity", "gzip", "x-gzip"):
         rest.close()
         raise _opaque()
-    if coding in ("identity", ""):
+    if coding == "identity":
         return replace(response, body=b"", rest=_Covered(response.body, rest, stream, None))
     covered = _Covered(response.body, rest, stream, zlib.decompressobj(31))
     return replace(_uncoded(response), body=b"", rest=covered)

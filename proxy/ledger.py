@@ -27,7 +27,7 @@ from .policy.messages import Response
 from .policy.routing import Effect
 
 MOST, MOST_KEYED, MOST_KEYED_OF_ONE = 20_000, 20_000, 5000
-"""Writes remembered: without a key, by Idempotency-Key, and of those with one credential."""
+"""Writes remembered: without a key, by Idempotency-Key, and of those of one author."""
 LARGEST_KEPT = 64 * 1024
 """Bytes of an answer that are kept; of a longer one only its status is."""
 HEARD_FOR = 10.0
@@ -110,9 +110,9 @@ class Ledger:
         if entry is None:
             entry = Entry(f"{self._run}.{next(self._numbers)}", write)
             if write.key:
-                self._make_room(write.credential)
+                self._make_room(write.author)
                 self._keyed[write.key] = entry
-                self._keyed_of[write.credential] += 1
+                self._keyed_of[write.author] += 1
         entry.listeners += 1
         return entry
 
@@ -242,15 +242,16 @@ class Ledger:
     def _forget_key(self, entry: Entry) -> None:
         if self._keyed.get(entry.write.key) is entry:
             del self._keyed[entry.write.key]
-            self._keyed_of[entry.write.credential] -= 1
+            self._keyed_of[entry.write.author] -= 1
 
-    def _make_room(self, credential: str) -> None:
-        """For one more key: of the same credential's, or of all, those that ended go, oldest first."""
-        own = self._keyed_of[credential] >= MOST_KEYED_OF_ONE
-        if not own and len(self._keyed) < MOST_KEYED:
-            return
+    def _make_room(self, author: str) -> None:
+        """For one more key: of the same author's, or of whoever has the most, the one goes that ended first."""
+        if self._keyed_of[author] < MOST_KEYED_OF_ONE:
+            if len(self._keyed) < MOST_KEYED:
+                return
+            author = self._keyed_of.most_common(1)[0][0]
         for entry in self._keyed.values():
-            if entry.ended is not None and not entry.listeners and (not own or entry.write.credential == credential):
+            if entry.ended is not None and not entry.listeners and entry.write.author == author:
                 self._forget_key(entry)
                 return
         raise Refusal(503, "overloaded", "too many Idempotency-Keys are in use at this moment", 5)
@@ -263,7 +264,7 @@ class Ledger:
         self._swept = now
         kept = [entry for mine in self._sent.values() for entry in mine if not self._is_past(entry, now)]
         if len(kept) > MOST:
-            kept = sorted(kept, key=lambda entry: entry.ended or now)[-MOST:]
+            kept = _shared_out(kept, MOST, now)
         self._sent, self._count = {}, len(kept)
         for entry in kept:
             self._sent.setdefault(entry.write.credential, deque()).append(entry)
@@ -301,10 +302,23 @@ class Ledger:
             entry.what = f"{old.what or 'no answer had come'} when vast-proxy was started anew"
             if old.write.key:
                 self._keyed[old.write.key] = entry
-                self._keyed_of[old.write.credential] += 1
+                self._keyed_of[old.write.author] += 1
             else:
                 self._sent.setdefault(old.write.credential, deque()).append(entry)
                 self._count += 1
+
+
+def _shared_out(entries: list[Entry], most: int, now: float) -> list[Entry]:
+    """So many of them, the last of each author: nobody's many push out another's few."""
+    by_author: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.ended or now):
+        by_author.setdefault(entry.write.author, []).append(entry)
+    kept: list[Entry] = []
+    smallest_first = sorted(by_author.values(), key=len)
+    for number, mine in enumerate(smallest_first):
+        share = (most - len(kept)) // (len(smallest_first) - number)
+        kept += mine[max(0, len(mine) - share) :]
+    return kept
 
 
 # --- The file ---------------------------------------------------------------------------------------------------------
@@ -430,7 +444,8 @@ class _Replay:
         """One line. Raises what a line that is none makes Python raise."""
         name = event["id"]
         if event["event"] == "sent":
-            old = Old(name, Write(**event["write"]), self._date(event), self._alive_on, line)
+            write = Write(**{"author": event["write"]["credential"], **event["write"]})
+            old = Old(name, write, self._date(event), self._alive_on, line)
             for earlier in self._unheard.values():
                 earlier.overtaken |= guarding.overtakes(old.write, earlier.write, earlier.made)
             self.found[name] = old

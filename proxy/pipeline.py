@@ -230,13 +230,14 @@ class Pipeline:
         asked = caching.directives(request.headers)
         question = None
         if route.collapse and not asked.no_store and caching.may_share(route, request):
-            question = caching.question(route, request, caller, settings.cache, _origin(settings, route))
+            origin = _origin(settings, route)
+            question = caching.question(route, request, caller, settings.cache, origin, settings.team_digest)
         beat = queueing.interim(request.headers, http_1_1, settings.queue)
         patience = queueing.patience(fields, request.target, route.upstream, settings.queue, beating=bool(beat))
         epochs = caching.epochs_of_read(route, caller, settings.cache)
         stored = question is not None and route.family is not None
         lifetime = caching.lifetimes(route.family, settings.cache) if stored and route.family is not None else None
-        forbidden = members.forbidden(caller, route, asked_for, settings.team)
+        forbidden = members.forbidden(caller, route, asked_for, settings.team, settings.routes)
         return Understood(
             settings,
             request,
@@ -254,6 +255,11 @@ class Pipeline:
             Call(route.name, caller.who, careful=not route.may_be_replayed),
             caller.label,
         )
+
+    def vouched(self, request: Request) -> bool:
+        """Is it known by the head of a request that it may have a body of any size? Raises Refusal."""
+        team = self.settings.team
+        return not team or members.vouched(request, team)
 
     def caller(self, request: Request, address: str) -> Caller:
         """Who asks for a page about its own work. Raises Refusal."""
@@ -367,7 +373,8 @@ class Pipeline:
         done = True
         try:
             fetched = await self._fetch(journey, flight)
-            refused = isinstance(fetched.outcome, Response) and 400 <= fetched.outcome.status < 500
+            outcome = fetched.outcome
+            refused = isinstance(outcome, Response) and 400 <= outcome.status < 500 and not outcome.redirected
             done = journey.acted and not refused
             return fetched
         except BaseException:
@@ -576,8 +583,9 @@ class Pipeline:
         if isinstance(outcome, Refusal):
             over = outcome.code == "outcome_unknown"
         else:
-            # Who was not let in has done nothing.
-            over = acted and not retrying.failed(outcome) and outcome.status not in (401, 403)
+            # Who was not let in has done nothing, unless that was said where the answer to what was done led.
+            let_in = outcome.status not in (401, 403) or outcome.redirected
+            over = acted and not retrying.failed(outcome) and let_in
         if over:
             self.ledger.ended(entry, outcome)
         else:
@@ -825,7 +833,7 @@ def _cut_short(response: Response) -> Response:
     if response.status != 429:
         raise UpstreamError(f"answered {response.status}, with more than can be held", sent=True)
     headers = tuple(item for item in response.headers if item[0].lower() not in ("content-length", "content-encoding"))
-    return Response(response.status, headers, b"", response.reason)
+    return Response(response.status, headers, b"", response.reason, redirected=response.redirected)
 
 
 def _too_often(route: Route) -> Refusal:

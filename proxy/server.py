@@ -30,7 +30,8 @@ from .clock import Clock
 from .pipeline import Pipeline, Progress, Understood
 from .policy import exposure
 from .policy.errors import Refusal, UpstreamError
-from .policy.identity import Caller
+from .policy.identity import LARGEST_WITH_KEY, Caller, bare
+from .policy.members import PREFIX, must_vouch
 from .policy.messages import CacheStatus, Exchange, Headers, Receipt, Request, Response, Step, Trace, end_to_end
 from .settings import ServerRules
 from .slowing import Slowing
@@ -38,8 +39,8 @@ from .slowing import Slowing
 LONGEST_LINE = 32 * 1024
 """Bytes of a request line: searches by GET carry their query in it."""
 LONGEST_FIELD = 16 * 1024
-REQUESTS_KEPT, LONGEST_KEPT, LONGEST_SHARED = 1024, 4096, 256
-"""How many requests' meanings are kept, the longest body and the longest shared field (bytes)."""
+REQUESTS_KEPT, LONGEST_KEPT, LONGEST_HEAD_KEPT, LONGEST_SHARED = 1024, 4096, 8192, 256
+"""How many requests' meanings are kept, the longest body and head of these, and the longest shared field (bytes)."""
 LEAST_RATE = 500.0
 """Bytes of a body for which its deadline moves by a second (mod_reqtimeout of Apache: `body=20,MinRate=500`)."""
 READ_AHEAD = 64 * 1024
@@ -52,7 +53,10 @@ OURS = "/_proxy"
 log = logging.getLogger(__name__)
 
 _LAST = frozenset({"bad_request", "body_too_large", "request_timeout", "overloaded"})
-"""Refusals after which it is not certain where the next request begins, or not worth it to read that far."""
+"""Refusals after which it is not certain where the next request begins, or not worth it to read that far.
+
+So are all that come before the body has.
+"""
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 """A request id that is kept: visible ASCII, so that it forges no header and no log line."""
 _FAULT = Refusal(500, "internal_error", "vast-proxy met a fault of its own; its log says more")
@@ -116,6 +120,11 @@ class Server(web.Server):
     def clock(self) -> Clock:
         return self._clock
 
+    @property
+    def answering(self) -> bool:
+        """Is there a request that is whole and let in, and not answered yet?"""
+        return any(one.answering and self.clients.is_busy(one) for one in self.clients)
+
     def cut_short(self) -> None:
         """Answer whoever still waits: there is no more time."""
         for hold in list(self._holds):
@@ -139,7 +148,7 @@ class Server(web.Server):
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = self._clock.now()
         given = request.headers.get("X-Request-ID")
-        kept = given is not None and _SANE_ID.fullmatch(given)
+        kept = given is not None and self._may_be_shown(given, request)
         exchange = Exchange(given if kept and given else next(self._request_ids), began, request.method)
         if self.begin_trace is not None:
             exchange.trace = self.begin_trace(request.headers.get("traceparent"))
@@ -157,6 +166,14 @@ class Server(web.Server):
                 self._over(exchange)
             else:
                 going_on.when_over(lambda: self._over(exchange))
+
+    def _may_be_shown(self, request_id: str, request: web.BaseRequest) -> bool:
+        """May it stand in a log? Not where somebody has put a token or a key."""
+        if _SANE_ID.fullmatch(request_id) is None or request_id.startswith(PREFIX):
+            return False
+        secrets = [bare(request.headers.get("Authorization", ""))]
+        secrets += [key.value for key in self._pipeline.settings.team_keys.values()]
+        return request_id not in secrets and f"api_key={request_id}" not in request._message.path
 
     def _over(self, exchange: Exchange) -> None:
         """Its client has been answered, or has left, and what was begun for it has ended."""
@@ -183,11 +200,13 @@ class Server(web.Server):
     async def _answer(self, request: web.BaseRequest, exchange: Exchange, began: float) -> web.StreamResponse:
         # An upgrade is declined. After a chunked body, aiohttp's C parser takes its trailer for part of the next head.
         last = request._message.upgrade or request._message.chunked
+        pause = 0.0
         try:
             self._check_origin(request)
             if OURS in request._message.path and _is_ours(target := _target(request)):
                 exchange.route, exchange.effect = OURS, "admin"
                 caller = self._admitted(request, target)
+                self.clients.busy(self._connection(request))
                 self.tell()
                 response = self._admin(request.method, target, caller)
                 exchange.status = response.status
@@ -206,10 +225,10 @@ class Server(web.Server):
             exchange.address = exchange.address or self._address(request)
             if not exchange.attempts:
                 exchange.cache = CacheStatus.REFUSED
-            response = _refused(refused)
-            last = last or refused.code in _LAST
             if refused.code == "token_unknown":
-                await self._slow_down(request)
+                refused, pause = self._failed(refused, request)
+            response = _refused(refused)
+            last = last or refused.code in _LAST or not request.content.is_eof()
         except _Gone:
             raise ConnectionResetError("the client went away") from None
         except asyncio.CancelledError:
@@ -219,6 +238,8 @@ class Server(web.Server):
             log.exception("a request met a fault of the proxy's own (id=%s)", exchange.request_id)
             exchange.code = _FAULT.code
             response = _refused(_FAULT)
+        if pause:  # here, where nothing holds the request's body any more
+            await self._slow_down(request, pause)
         exchange.status = response.status
         extra = _told(exchange, self._clock.now() - began)
         if response.rest is None:
@@ -254,33 +275,106 @@ class Server(web.Server):
         peer, trusted = request.remote or "", self._pipeline.settings.trusted_proxies
         return exposure.client_address(peer, _fields(request.raw_headers), trusted) if trusted else peer
 
-    async def _slow_down(self, request: web.BaseRequest) -> None:
+    @staticmethod
+    def _connection(request: web.BaseRequest) -> _Connection:
         connection = request.protocol
         assert isinstance(connection, _Connection)
-        self.clients.idle(connection)  # guessing must not take the room of others: if there is none, it goes first
-        await self._slowing.failed(self._address(request))
-        self.clients.busy(connection)
+        return connection
+
+    def _failed(self, refused: Refusal, request: web.BaseRequest) -> tuple[Refusal, float]:
+        """What is told to one who brought a wrong token, and after how many seconds.
+
+        At once while another's pause from there is not over, so that guesses take up one connection, however many.
+        """
+        pause, is_anothers = self._slowing.failed(self._address(request))
+        if not is_anothers:
+            return refused, pause
+        return Refusal(refused.status, refused.code, refused.msg, max(1.0, pause)), 0.0
+
+    async def _slow_down(self, request: web.BaseRequest, pause: float) -> None:
+        self.clients.idle(self._connection(request))  # guessing must not take the room of others: it goes first
+        self.bodies.give_back(request.protocol)
+        await self._clock.sleep(pause)
 
     async def _understood(self, request: web.BaseRequest) -> Understood:
         """What this request means; a poll that repeats itself to the byte is read once. Raises Refusal."""
         if request.version.major != 1:
             raise _bad(505, "this is a proxy for HTTP/1.0 and HTTP/1.1")
-        body = b""
-        if request.body_exists:
-            _target(request)  # a request that is refused for its head is refused before its body is read
-            body = await _body(request, self.rules, self.bodies, self._clock)
+        connection = self._connection(request)
+        body = await self._body(request, connection) if request.body_exists else b""
         http_1_1 = request.version >= HttpVersion11
         address = self._address(request)
-        key = (request.method, request._message.path, request.raw_headers, body, http_1_1, address)
-        known = self._known.get(key)
-        if known is not None and known.settings is self._pipeline.settings:
-            return known
-        fields = _fields(request.raw_headers)
-        asked = Request(request.method, _target(request), end_to_end(fields), body)
-        known = self._pipeline.understand(asked, fields, http_1_1=http_1_1, address=address)
-        if known.route.is_read and len(body) <= LONGEST_KEPT:
-            self._known[key] = known
+        # What is longer than what is kept is not looked for either.
+        short = len(body) <= LONGEST_KEPT
+        key = (request.method, request._message.path, request.raw_headers, body if short else b"", http_1_1, address)
+        known = self._known.get(key) if short else None
+        if known is None or known.settings is not self._pipeline.settings:
+            fields = _fields(request.raw_headers)
+            asked = Request(request.method, _target(request), end_to_end(fields), body)
+            known = self._pipeline.understand(asked, fields, http_1_1=http_1_1, address=address)
+            if short and known.route.is_read and _head_length(request) <= LONGEST_HEAD_KEPT:
+                self._known[key] = known
+        self.clients.busy(connection)
         return known
+
+    async def _body(self, request: web.BaseRequest, connection: _Connection) -> bytes:
+        """The whole body as sent. Answers Expect here. Raises Refusal, or _Gone when it breaks off.
+
+        It is held for its connection. Its deadline is that of Apache's mod_reqtimeout, `body=20,MinRate=500`: so long
+        from the beginning, and a second more for each 500 bytes that have come; and no longer than that without a byte.
+        """
+        target = _target(request)  # a request that is refused for its head is refused before its body is read
+        rules, clock = self.rules, self._clock
+        limit, patience = rules.max_body, rules.body_timeout
+        too_large = Refusal(413, "body_too_large", f"the request's body is larger than {limit} bytes (server.max_body)")
+        if self._pipeline.settings.team:
+            if self._pipeline.vouched(Request(request.method, target, end_to_end(_fields(request.raw_headers)))):
+                self.clients.busy(connection)
+            elif limit > LARGEST_WITH_KEY:
+                limit, too_large = LARGEST_WITH_KEY, must_vouch()
+        promised = request.content_length or 0
+        if promised > limit:
+            raise too_large
+        self._make_room(connection, promised)
+        expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+        if expects and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        chunks: list[bytes] = []
+        length = 0
+        began = clock.now()
+        # What is there already is read without looking at the clock.
+        timed = asyncio.timeout_at(None if request.content.is_eof() or not patience else began + patience)
+        try:
+            async with timed:
+                async for chunk in request.content.iter_any():
+                    chunks.append(chunk)
+                    length += len(chunk)
+                    if length > limit:
+                        raise too_large
+                    self._make_room(connection, len(chunk))
+                    self.bodies.take(connection, len(chunk))
+                    if timed.when() is not None:
+                        timed.reschedule(min(clock.now() + patience, began + patience + length / LEAST_RATE))
+        except (web.RequestPayloadError, HttpProcessingError):
+            raise _bad(400, "the body is not what its headers say") from None
+        except (ConnectionError, OSError):
+            if timed.expired():
+                late = "the request's body did not come in time (server.body_timeout)"
+                raise Refusal(408, "request_timeout", late) from None
+            raise _Gone from None
+        return b"".join(chunks)
+
+    def _make_room(self, connection: _Connection, size: int) -> None:
+        """For so much more of bodies: the connection goes whose body has been coming in for longest.
+
+        Raises Refusal where that is this very one, or none is.
+        """
+        while self.bodies.size + size > self.rules.max_bodies:
+            gone = self.clients.make_room(connection, self.bodies.has)
+            if gone is None:
+                msg = "too many request bodies at once (server.max_bodies); try again"
+                raise Refusal(503, "overloaded", msg, 5)
+            self.bodies.give_back(gone)
 
     async def _patiently(self, request: web.BaseRequest, known: Understood, exchange: Exchange) -> Response:
         """Upstream's answer, with the client kept waiting by interim answers, or told to come back in time."""
@@ -420,7 +514,8 @@ class _Connection(RequestHandler):
                 self._receipts.clear()  # who asks for the next thing has read the last
             self._incoming = messages[-1][1]
             self._begun, self._due = False, 0.0
-            self._server.clients.busy(self)
+            if not self._request_in_progress:
+                self._server.clients.coming(self)
         elif data and not in_body and not self._begun:
             # What comes in one read with the end of a request is not noticed before more of it does.
             self._begun = True
@@ -434,6 +529,12 @@ class _Connection(RequestHandler):
         if broken and request is not None and not request.content.is_eof():
             # aiohttp's C parser leaves who waits for the rest of a broken body waiting.
             request.content.set_exception(web.RequestPayloadError("the body is not valid"))
+
+    @property
+    def answering(self) -> bool:
+        """It has a request, and all of it."""
+        request = self._current_request
+        return self._request_in_progress and request is not None and request.content.is_eof()
 
     def _read_ahead(self) -> int:
         """Bytes of bodies whose turn has not come: nobody counts them yet, so they must stay few."""
@@ -478,6 +579,8 @@ class _Connection(RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         self.look()
         told = await super().finish_response(request, resp, start_time)
+        if self._messages:
+            self._server.clients.coming(self)  # the next one, which has yet to be let in
         transport = self.transport
         if transport is not None and transport.get_write_buffer_size():
             self.look()
@@ -651,54 +754,15 @@ def _fields(raw: tuple[tuple[bytes, bytes], ...]) -> Headers:
     """All fields as text. Raises Refusal for a value that is not UTF-8."""
     try:
         return tuple(
-            _field(name, value) if len(value) <= LONGEST_SHARED else (name.decode("ascii"), value.decode())
+            _field(name, value) if len(name) + len(value) <= LONGEST_SHARED else (name.decode("ascii"), value.decode())
             for name, value in raw
         )
     except UnicodeDecodeError:
         raise _bad(400, "a header is not UTF-8") from None
 
 
-async def _body(request: web.BaseRequest, rules: ServerRules, bodies: Bodies, clock: Clock) -> bytes:
-    """The whole body as sent. Answers Expect here. Raises Refusal (408, 413, 503), or _Gone when it breaks off.
-
-    It is held for its connection. Its deadline is that of Apache's mod_reqtimeout, `body=20,MinRate=500`: so long from
-    the beginning, and a second more for each 500 bytes that have come; and no longer than that without a byte.
-    """
-    limit, most, patience = rules.max_body, rules.max_bodies, rules.body_timeout
-    too_large = Refusal(413, "body_too_large", f"the request's body is larger than {limit} bytes (server.max_body)")
-    overloaded = Refusal(503, "overloaded", "too many request bodies at once (server.max_bodies); try again", 5)
-    promised = request.content_length or 0
-    if promised > limit:
-        raise too_large
-    if bodies.size + promised > most:
-        raise overloaded
-    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
-    if expects and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    chunks: list[bytes] = []
-    length = 0
-    began = clock.now()
-    # What is there already is read without looking at the clock.
-    timed = asyncio.timeout_at(None if request.content.is_eof() or not patience else began + patience)
-    try:
-        async with timed:
-            async for chunk in request.content.iter_any():
-                chunks.append(chunk)
-                length += len(chunk)
-                if length > limit:
-                    raise too_large
-                if not bodies.take(request.protocol, len(chunk), most):
-                    raise overloaded
-                if timed.when() is not None:
-                    timed.reschedule(min(clock.now() + patience, began + patience + length / LEAST_RATE))
-    except (web.RequestPayloadError, HttpProcessingError):
-        raise _bad(400, "the body is not what its headers say") from None
-    except (ConnectionError, OSError):
-        if timed.expired():
-            late = "the request's body did not come in time (server.body_timeout)"
-            raise Refusal(408, "request_timeout", late) from None
-        raise _Gone from None
-    return b"".join(chunks)
+def _head_length(request: web.BaseRequest) -> int:
+    return len(request._message.path) + sum(len(name) + len(value) for name, value in request.raw_headers)
 
 
 def _bad(status: int, msg: str) -> Refusal:

@@ -120,7 +120,8 @@ class ServerRules:
     """The largest request body taken; larger ones get 413. It is held in memory while the request waits."""
     max_bodies: Bytes = 256 * 1024 * 1024
     """Bodies of requests in memory, all clients together, from their first byte until the request is answered. Beyond
-    it a request with a body is refused with 503."""
+    it the connection is closed whose body has been coming in for longest; if there is none, a request with a body gets
+    503."""
     keepalive: Seconds = 75.0
     """How long an idle connection of a client is kept."""
     header_timeout: Seconds = 15.0
@@ -135,7 +136,8 @@ class ServerRules:
     others. 0: no limit."""
     max_connections: Count = 4096
     """Connections of clients at once; each request that waits has one. Beyond it the connection that is idle longest is
-    closed, and if none is, the new one gets 503. Open files are raised to what this takes, if the system allows it."""
+    closed, else the one whose body has been coming in for longest, and if there is none, the new one gets 503. Open
+    files are raised to what this takes, if the system allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,8 @@ class Settings:
     """Where these settings came from, for logs."""
     team_keys: Mapping[str, Secret] = field(default_factory=dict)
     """What `team.keys` names, as read with the settings."""
+    team_digest: str = ""
+    """Equal for the same of these; empty without a team."""
 
 
 class Restart(NamedTuple):
@@ -292,12 +296,18 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         team_keys = _read_team(root.team, routes, environ, found)
         _check_tls(root.tls, found)
         if not (is_loopback(root.listen.host) or root.team or root.allow_open):
-            found.faults.append(Fault(found.place(("listen",)), f"listen: {_OPEN.format(root.listen)}"))
+            found.faults.append(Fault(found.place(("listen",)), f"listen: {OPEN.format(root.listen)}"))
     if found.faults or root is None or routes is None:
         raise SettingsError("\n".join(str(fault) for fault in sorted(found.faults, key=lambda fault: fault.place)))
 
     sections = {name: getattr(root, name) for name in _sections()}
-    settings = Settings(**sections, routes=routes, source=_source(path, layers), team_keys=team_keys)
+    settings = Settings(
+        **sections,
+        routes=routes,
+        source=_source(path, layers),
+        team_keys=team_keys,
+        team_digest=members.digest_of(team_keys),
+    )
     if settings.state.file is None:
         settings = dataclasses.replace(settings, state=StateRules(default_state_file(environ)))
     return settings
@@ -591,7 +601,7 @@ def _check_tls(tls: TlsRules, found: Layer) -> None:
         found.faults.append(Fault(found.place(("tls",)), f"tls: {error}"))
 
 
-_OPEN = (
+OPEN = (
     "{} is open to other machines: whoever reaches the port can use the proxy with a Vast key of their own, and sees "
     "nothing of others. `allow_open: true` says that this is meant; with `team` only members can use it"
 )
@@ -642,7 +652,7 @@ def _mend(table: dict[str, Any], key: Key) -> bool:
 # --- What may be written: pydantic models made from the dataclasses ---------------------------------------------------
 
 
-_NOT_SECTIONS = ("routes", "source", "team_keys")
+_NOT_SECTIONS = ("routes", "source", "team_keys", "team_digest")
 
 
 def _sections() -> dict[str, Any]:
@@ -873,7 +883,8 @@ _SHAPES = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a 
 
 
 def _dotted(key: Key) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    """The way to a value. What is named by who writes the settings may be what ought to have been the value."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_masked(part)}" for part in key).removeprefix(".")
 
 
 def _shown(value: object) -> str:

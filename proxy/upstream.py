@@ -23,6 +23,8 @@ from .settings import UpstreamRules
 
 HOLD = 1024 * 1024
 """Bytes of an answer that are held until it is whole; a longer one is passed on as it comes."""
+LARGEST_KEPT = 8 * 1024
+"""Characters of a request's headers that are kept for the next one that has the same."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
 # aiohttp would add this where the client sent none.
@@ -142,6 +144,7 @@ class Upstream:
                 raise
             if hop and method != request.method and response.status == 429:
                 raise UpstreamError("done, but its result was refused as too frequent", sent=True)
+            response.redirected = hop > 0
             if response.status not in _REDIRECTS:
                 return response
             location = header(response.headers, "location")
@@ -193,6 +196,9 @@ class Upstream:
         if len(answer.headers.getall("Content-Length", ())) > 1:  # aiohttp's Python parser believes the first
             answer.close()
             raise UpstreamError("not a valid HTTP answer (two lengths)", sent=True)
+        if ", ".join(answer.headers.getall("Transfer-Encoding", ())).strip().lower() not in ("", "chunked"):
+            answer.close()  # aiohttp undoes no other, and no other was asked for by TE (RFC 9112 7.4)
+            raise UpstreamError("not a valid HTTP answer (another transfer coding than chunked)", sent=True)
         held: list[bytes] = []
         length = 0
         try:
@@ -250,9 +256,19 @@ def _exact(url: str) -> URL:
     return exact
 
 
-@lru_cache(maxsize=512)
 def _fields(headers: Headers) -> CIMultiDict[str]:
-    """What is passed on, a repeated name in its first spelling: aiohttp takes another spelling for a replacement."""
+    """What is passed on, made once for heads of the usual size: what is kept must not grow with what clients send."""
+    small = sum([len(name) + len(value) for name, value in headers]) <= LARGEST_KEPT
+    return _small_fields(headers) if small else _passed_on(headers)
+
+
+@lru_cache(maxsize=512)
+def _small_fields(headers: Headers) -> CIMultiDict[str]:
+    return _passed_on(headers)
+
+
+def _passed_on(headers: Headers) -> CIMultiDict[str]:
+    """The fields, a repeated name in its first spelling: aiohttp takes another spelling for a replacement."""
     spelt: dict[str, str] = {}
     return CIMultiDict(
         (spelt.setdefault(lowered, name), value)

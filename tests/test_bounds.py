@@ -139,7 +139,7 @@ async def test_five_hundred_that_drip_their_heads_leave_the_proxy_to_others(star
         assert 15 <= gateway.now() - began < 15.5
         assert [await wire.rest() for wire in wires] == [b""] * 500
         await asyncio.gather(*drips)
-        assert repr(gateway.app.server.clients) == "<Connections 0 open, 0 idle>"
+        assert repr(gateway.app.server.clients) == "<Connections 0 open, 0 idle, 0 coming in>"
         assert len(upstream.seen) == 10
         for wire in wires:
             wire.writer.transport.abort()
@@ -306,6 +306,37 @@ async def test_bodies_of_all_clients_together_are_bounded(start: Start, parser: 
         assert [len(seen.body) for seen in upstream.seen] == [1000, 500, 1500]
 
 
+async def test_a_body_that_is_not_whole_makes_room_for_others_the_oldest_first(start: Start, parser: str) -> None:
+    async with between(start, server={"max_bodies": 1500}) as (gateway, upstream):
+        wires = [await Wire.to(gateway) for _ in range(4)]
+        await wires[0].send(request(PLAIN, "Content-Length: 10", method="POST"))  # and so has nothing to give
+        for wire in wires[1:]:
+            await asyncio.sleep(1)
+            await wire.send(request(PLAIN, "Content-Length: 500", method="POST", body=b"x" * 499))
+        await asyncio.sleep(1)
+        assert gateway.app.server.bodies.size == 3 * 499
+        assert (await ask(gateway, request(PLAIN, method="POST", body=b"y" * 500))).status == 200
+        assert await wires[1].rest() == b""
+        assert [(await wire.ask(b"x")).status for wire in wires[2:]] == [200] * 2
+        assert (await wires[0].ask(b"x" * 10)).status == 200
+        assert [len(seen.body) for seen in upstream.seen] == [500, 500, 500, 10]
+        assert repr(gateway.app.server.bodies) == "<Bodies 0 bytes for 0>"
+        for wire in wires:
+            wire.writer.transport.abort()
+
+
+async def test_the_oldest_body_that_wants_more_than_there_is_goes_itself(start: Start) -> None:
+    async with between(start, server={"max_bodies": 1000}) as (gateway, _), await Wire.to(gateway) as oldest:
+        chunk = b"1f4\r\n" + b"x" * 500 + b"\r\n"
+        await oldest.send(request(PLAIN, "Transfer-Encoding: chunked", method="POST") + chunk)
+        await asyncio.sleep(1)
+        async with await Wire.to(gateway) as other:
+            await other.send(request(PLAIN, "Content-Length: 400", method="POST", body=b"x" * 399))
+            await asyncio.sleep(1)
+            assert code(await oldest.ask(chunk)) == "overloaded"
+            assert (await other.ask(b"x")).status == 200
+
+
 async def test_who_is_told_to_wait_with_a_body_that_has_no_room_does_not_send_it(start: Start) -> None:
     async with between(start, server={"max_bodies": 10}) as (gateway, _), await Wire.to(gateway) as wire:
         got = await wire.ask(request(PLAIN, "Expect: 100-continue", "Content-Length: 11", method="PUT"))
@@ -353,16 +384,15 @@ async def test_bodies_that_wait_behind_a_slow_answer_are_not_read_far_ahead(star
         assert [seen.body for seen in upstream.seen] == [b"", *bodies]
 
 
-def test_what_there_is_no_room_for_changes_nothing() -> None:
+def test_what_is_held_is_given_back_once() -> None:
     bodies = Bodies()
-    assert bodies.take("a", 6, 10)
-    assert bodies.take("a", 1, 10)
-    assert not bodies.take("b", 4, 10)
-    assert bodies.take("b", 3, 10)
+    for holder, size in (("a", 6), ("a", 1), ("b", 3)):
+        bodies.take(holder, size)
     assert repr(bodies) == "<Bodies 10 bytes for 2>"
     bodies.give_back("a")
     bodies.give_back("a")
     assert repr(bodies) == "<Bodies 3 bytes for 1>"
+    assert (bodies.has("a"), bodies.has("b")) == (False, True)
 
 
 # --- Answers that are not taken ---------------------------------------------------------------------------------------
@@ -421,7 +451,7 @@ async def test_a_small_answer_that_nobody_takes_does_not_hold_its_connection(
         async with asyncio.timeout_at(began + LATE):
             while len(gateway.app.server.clients):  # noqa: ASYNC110 - virtual time
                 await asyncio.sleep(1)
-        assert repr(gateway.app.server.clients) == "<Connections 0 open, 0 idle>"
+        assert repr(gateway.app.server.clients) == "<Connections 0 open, 0 idle, 0 coming in>"
         taken, whole = await read_all(client)
         assert (taken < size, whole) == (True, False)
 
@@ -511,6 +541,35 @@ async def test_half_a_head_gives_way_and_a_request_in_progress_does_not(start: S
             wire.writer.transport.abort()
 
 
+async def test_a_body_that_is_not_whole_gives_way_the_oldest_first_once_nobody_is_idle(
+    start: Start, parser: str
+) -> None:
+    async with between(start, server={"max_connections": 3}) as (gateway, _):
+        wires = [await Wire.to(gateway) for _ in range(3)]
+        for wire in wires[:2]:
+            await wire.send(request(PLAIN, "Content-Length: 10", method="POST", body=b"x"))
+            await asyncio.sleep(1)
+        await wires[0].send(b"x")  # which makes it no younger
+        assert (await ask(gateway, request(PLAIN))).status == 200  # instead of 2, which is idle
+        assert await wires[2].rest() == b""
+        async with await Wire.to(gateway) as another:
+            await another.send(request("/other", "Content-Length: 10", method="POST", body=b"x"))
+            await asyncio.sleep(1)
+            assert (await ask(gateway, request(PLAIN))).status == 200
+            assert await wires[0].rest() == b""
+            assert (await wires[1].ask(b"x" * 9)).status == 200
+        for wire in wires:
+            wire.writer.transport.abort()
+
+
+async def test_what_comes_after_an_answer_gives_way_too_while_it_is_coming_in(start: Start, parser: str) -> None:
+    async with between(start, server={"max_connections": 1}) as (gateway, _), await Wire.to(gateway) as wire:
+        half = request(PLAIN, "Content-Length: 10", method="POST", body=b"x")
+        assert (await wire.ask(request(PLAIN) + half)).status == 200
+        assert (await ask(gateway, request(PLAIN))).status == 200
+        assert await wire.rest() == b""
+
+
 async def test_where_all_have_a_request_in_progress_the_new_one_is_told_so(start: Start, parser: str) -> None:
     async with between(start, after(40), server={"max_connections": 2}) as (gateway, upstream):
         wires = [await Wire.to(gateway) for _ in range(2)]
@@ -581,12 +640,45 @@ def test_the_place_of_one_that_is_gone_is_free_once() -> None:
     clients.gone("b")
     clients.idle("b")  # its last answer came after all
     clients.busy("c")
-    assert repr(clients) == "<Connections 2 open, 0 idle>"
+    assert repr(clients) == "<Connections 2 open, 0 idle, 0 coming in>"
     assert not clients.admit("d", 2)
     clients.idle("c")
     clients.idle("a")
     assert clients.admit("d", 2)
     assert closed == ["b", "c"]
+
+
+def test_who_makes_room_was_idle_or_coming_in_for_longest() -> None:
+    closed: list[str] = []
+    clients: Connections[str] = Connections(closed.append)
+    for one in "abcd":
+        assert clients.admit(one, 9)
+        clients.coming(one)
+    clients.idle("d")
+    clients.coming("a")  # it was already
+    clients.coming("x")  # it is not there
+    assert repr(clients) == "<Connections 4 open, 1 idle, 3 coming in>"
+    assert clients.make_room("b", lambda one: one == "c") == "c"
+    assert clients.make_room("b", lambda one: one == "d") is None
+    assert clients.make_room("a", lambda one: True) is None
+    assert clients.make_room("b", lambda one: True) == "a"
+    clients.busy("b")
+    assert [clients.is_busy(one) for one in "abcd"] == [False, True, False, False]
+    assert clients.make_room("d", lambda one: True) is None
+    assert closed == ["c", "a"]
+    assert sorted(clients) == ["b", "d"]
+
+
+async def test_the_end_does_not_wait_for_what_is_still_coming_in(start: Start, parser: str) -> None:
+    async with between(start, after(5)) as (gateway, _), await Wire.to(gateway) as half, await Wire.to(gateway) as busy:
+        await half.send(request(PLAIN, "Content-Length: 10", method="POST", body=b"x"))
+        await busy.send(request(PLAIN))
+        await asyncio.sleep(1)
+        began = gateway.now()
+        ending = asyncio.create_task(gateway.app.stop(30))
+        assert (await busy.answer()).status == 200
+        await ending
+        assert gateway.now() - began < 6
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")

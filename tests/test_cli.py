@@ -16,6 +16,7 @@ from sys import executable
 
 import pytest
 import trustme
+import yaml
 
 from proxy import __version__
 
@@ -97,6 +98,13 @@ def test_a_new_token_is_printed_with_the_line_that_lets_it_in(tmp_path: Path) ->
     checked = vast_proxy("check-config", "--config", file)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "0123456789abcdef" not in checked.stdout
+
+
+@pytest.mark.parametrize("name", ["@x", "1e3", "null", "-a", "a.b"])
+def test_the_line_for_a_new_token_is_yaml_whatever_the_name_is(name: str) -> None:
+    told = vast_proxy("token", "new", "--", name)
+    (line,) = re.findall(r"team: \{.*\}", told.stdout)
+    assert list(yaml.safe_load(line)["team"]["members"]) == [name]
 
 
 @pytest.mark.parametrize("arguments", [["token"], ["token", "new"], ["token", "new", "a b"]])

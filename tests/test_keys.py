@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -63,6 +64,39 @@ def test_what_is_no_key_is_refused(file: Path, text: str) -> None:
 def test_a_token_is_no_key(file: Path) -> None:
     file.write_text(new_token())
     assert told(file) == "holds a gateway token: expected a key of the vendor's"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_a_file_of_another_user_is_refused_unless_it_is_a_mounted_secret(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.chown(file, 65534, 65534)
+    assert told(file) == "belongs to another user: chown it to the one that vast-proxy runs as, or to root"
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert read_key(KeyRules(file=str(file)), {}).value == KEY
+    monkeypatch.undo()
+    monkeypatch.setattr(keys, "MOUNTED", (file.parent,))
+    assert read_key(KeyRules(file=str(file)), {}).value == KEY
+
+
+def test_nobody_waits_for_who_writes_into_a_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file, 0o600)
+    assert told(file) == "is not a file"
+
+
+@pytest.mark.parametrize("name", [KEY, "0123456789abcdef", "ABCDEF0123456789", "a1/" + KEY])
+def test_a_key_that_was_put_in_the_place_of_a_name_is_not_told(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^\*\*\* cannot be read"):
+        read_key(KeyRules(file=name), {})
+    with pytest.raises(ValueError, match=r"^the environment variable \*\*\* is not set"):
+        read_key(KeyRules(env=name), {})
+
+
+@pytest.mark.parametrize("name", ["HOME_KEY", "VAST_API_KEY_OF_THE_TEAM", "key_2"])
+def test_the_name_of_a_variable_is_told(name: str) -> None:
+    with pytest.raises(ValueError, match=f"variable {name} is not set"):
+        read_key(KeyRules(env=name), {})
 
 
 def test_a_file_that_is_not_there_or_no_file_is_told(file: Path) -> None:

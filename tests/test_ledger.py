@@ -57,6 +57,37 @@ def orphan(book: Ledger, write: Write = LAUNCH, outcome: Response | Refusal = DO
     return entry
 
 
+async def test_nobodys_many_keys_push_out_anothers_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.ledger.MOST_KEYED_OF_ONE", 20)
+    monkeypatch.setattr("proxy.ledger.MOST_KEYED", 40)
+    book = ledger()
+    first = done(book, replace(KEYED, author="ada"))
+    for author in ("bob", "eve"):
+        for number in range(25):
+            done(book, replace(LAUNCH, key=f"{author} {number}", author=author))
+    assert book.open(replace(KEYED, author="ada")) is first
+    assert len(book) == 40
+
+
+async def test_nobodys_many_writes_push_out_anothers_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.ledger.MOST", 20)
+    book = ledger()
+    mine = replace(LAUNCH, fingerprint="mine", author="ada")
+    entry = orphan(book, mine, UNKNOWN)
+    for number in range(50):
+        orphan(book, replace(LAUNCH, fingerprint=str(number), author="bob"), UNKNOWN)
+    await asyncio.sleep(11)
+    assert book.open(mine) is entry
+    assert len(book) == 20
+
+
+async def test_in_a_journal_of_an_older_version_the_author_is_the_credential(path: Path) -> None:
+    done(ledger(path), replace(KEYED, author="alice"))
+    path.write_text(path.read_text().replace(',"author":"alice"', ""))
+    assert '"author"' not in path.read_text()
+    assert ledger(path).open(replace(KEYED, author="alice")).write.author == "alice"
+
+
 async def test_a_key_is_remembered_for_a_day_from_its_end() -> None:
     book = ledger()
     entry = sent(book, KEYED)
@@ -120,7 +151,7 @@ async def test_what_is_remembered_is_bounded() -> None:
 
 async def test_one_who_uses_many_keys_makes_room_by_its_own_oldest() -> None:
     book = ledger()
-    other = replace(KEYED, credential="bob", key="bob's")
+    other = replace(KEYED, author="bob", key="bob's")
     first = done(book, other)
     done(book, KEYED)
     for number in range(MOST_KEYED_OF_ONE):

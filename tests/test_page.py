@@ -177,7 +177,7 @@ async def test_the_longest_name_of_a_member_fits(page: Page, start: Start, width
 
 
 async def test_from_elsewhere_it_asks_for_the_token_and_keeps_it_for_the_tab(page: Page, start: Start) -> None:
-    gateway = await start(fast=True, admin={"token": hashed("vp_right")})
+    gateway = await start(fast=True, admin={"token": hashed("vp_right_and_long_enough")})
     await page("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "198.51.100.7"})
     await page.open(f"{gateway.url}/_proxy/")
     await page.until("document.querySelector('#login')?.checkVisibility()")
@@ -186,7 +186,7 @@ async def test_from_elsewhere_it_asks_for_the_token_and_keeps_it_for_the_tab(pag
     await page.get(enter % "'vp_wrong'")
     await page.until(seen("#login-error", "not the token"))
     assert await page.text("#link") == "waits for the token"
-    await page.get(enter % "' vp_right'")
+    await page.get(enter % "' vp_right_and_long_enough'")
     await page.until(LIVE)
     assert await page.text("#login") == ""
     await gateway.get("/api/v0/ssh/", headers={"X-Request-ID": "one"})

@@ -484,6 +484,11 @@ def test_every_wrong_route_and_family_is_told_with_its_line(tmp_path: Path) -> N
         "api_key: SECRET",
         "team: {members: {ada: {token: SECRET}}}",
         "team: {members: {ada: SECRET00112233445566778899aabbccddeeff00112233}}",
+        "team: {keys: {default: {file: SECRET00112233445566778899aabbccddeeff}}}",
+        "team: {keys: {default: {env: SECRET00112233445566778899aabbccddeeff}}}",
+        "team: {keys: {SECRET00112233445566778899aabbccddeeff: {env: A}}}",
+        f"team: {{members: {{ada: {{token: '{HASH}', key: SECRET0011223344}}}}}}",
+        f"team: {{members: {{SECRET00112233445566778899aabbccddeeff: {{token: '{HASH}'}}}}}}",
     ],
 )
 def test_what_may_be_secret_is_not_echoed(text: str, tmp_path: Path) -> None:

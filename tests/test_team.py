@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Answer, Gateway, Start
 from fake_vast import Behaviour, Fault, identity_of
-from raw import RawUpstream, answer
+from raw import RawUpstream, Wire, answer, request
 
 from proxy.policy.members import hashed
 from proxy.settings import load
@@ -182,13 +182,71 @@ async def test_what_cannot_be_looked_into_is_not_passed_on(start: Start, tmp_pat
         assert (told.status, told.json["error"]) == (503, "upstream_unreachable")
 
 
-async def team_before(start: Start, tmp_path: Path, upstream: RawUpstream, **more: Any) -> Gateway:
+async def team_before(start: Start, tmp_path: Path, upstream: RawUpstream, ada: Any = None, **more: Any) -> Gateway:
     file = tmp_path / "key"
     file.write_text(KEY)
     file.chmod(0o600)
-    given = {"keys": {"default": {"file": str(file)}}, "members": {"ada": {"token": hashed(ADA)}}}
+    members = {"ada": {"token": hashed(ADA), **(ada or {})}, "bob": {"token": hashed(BOB)}}
+    given = {"keys": {"default": {"file": str(file)}}, "members": members}
     gateway: Gateway = await start(fake=upstream, team=given, limits={"scale": 1e-6, "global": None}, **more)
     return gateway
+
+
+async def test_what_is_coded_twice_is_looked_past_in_neither_direction(start: Start, tmp_path: Path) -> None:
+    lines = ["Content-Encoding: identity", "Content-Encoding: gzip"]
+    async with RawUpstream(answer(*lines, body=gzip.compress(KEY.encode()))) as upstream:
+        gateway = await team_before(start, tmp_path, upstream, retry={"max_attempts": 1})
+        async with await Wire.to(gateway) as wire:
+            told = await wire.ask(request("/api/v0/x/", f"Authorization: Bearer {ADA}", "Accept-Encoding: gzip"))
+            assert told.status == 503
+            packed = gzip.compress(ADA.encode())
+            sent = request("/api/v0/asks/1/", *lines, f"Authorization: Bearer {ADA}", method="PUT", body=packed)
+            assert (await wire.ask(sent)).status == 400
+
+
+async def test_a_key_is_covered_in_a_header_name_and_in_utf_16(start: Start, tmp_path: Path) -> None:
+    async with RawUpstream(answer(f"{KEY}: 1", body=f'{{"a": "{KEY}"}}'.encode("utf-16"))) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        told = await gateway.get("/api/v0/x/", key=ADA)
+        assert KEY.encode() not in seen(told).replace(b"\0", b"")
+        assert told.headers["*" * len(KEY)] == "1"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+async def test_a_session_that_is_over_is_told_as_the_gateways_also_when_it_comes_packed(
+    start: Start, tmp_path: Path, coding: str
+) -> None:
+    body = b'{"success": false, "msg": "Session expired. Please log in again."}'
+    packed = gzip.compress(body) if coding == "gzip" else body
+    async with RawUpstream(answer(f"Content-Encoding: {coding}", body=packed, status="404 Not Found")) as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        assert (await gateway.get("/api/v0/x/", key=ADA)).json["error"] == "gateway_key_refused"
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+async def test_what_was_asked_for_without_a_team_is_not_told_to_a_member(
+    start: Start, tmp_path: Path, *, under_way: bool
+) -> None:
+    body = json.dumps({"id": 7, "api_key": KEY}).encode()
+
+    async def script(_: RawUpstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(2 * under_way)
+        writer.write(answer("Content-Type: application/json", body=body))
+        await writer.drain()
+
+    async with RawUpstream(script) as upstream:
+        gateway: Gateway = await start(fake=upstream, limits={"scale": 1e-6, "global": None})
+        owner = asyncio.create_task(gateway.get(USER, key=KEY))
+        await asyncio.sleep(1)
+        (tmp_path / "key").write_text(KEY)
+        (tmp_path / "key").chmod(0o600)
+        keys, members = {"default": {"file": str(tmp_path / "key")}}, {"ada": {"token": hashed(ADA)}}
+        written = json.loads((tmp_path / "proxy.yaml").read_text()) | {"team": {"keys": keys, "members": members}}
+        (tmp_path / "proxy.yaml").write_text(json.dumps(written))
+        gateway.app.reload(load(tmp_path / "proxy.yaml", {}, {}))
+        told = await gateway.get(USER, key=ADA)
+        assert (told.json["api_key"], told.cache) == ("", "fwd=miss; stored; ttl=15")
+        assert (await owner).json["api_key"] == KEY
 
 
 async def test_that_the_gateways_own_key_is_refused_is_not_told_as_if_it_were_the_clients(team: Team) -> None:
@@ -224,6 +282,30 @@ async def test_the_same_write_of_two_members_is_two(team: Team) -> None:
     again = await gateway.put(path, body, key=ADA)
     assert (other.cache, again.cache) == ("fwd=method", "fwd=method; collapsed")
     assert gateway.fake.count("rented") == 2
+
+
+async def test_anothers_write_does_not_have_a_lost_spend_sent_twice(team: Team) -> None:
+    gateway = await team(fast=True)
+    gateway.fake.faults.append(Fault(match="PUT /api/v0/instances/prepay/{id}/", kind="drop_after"))
+    pays = "/api/v0/instances/prepay/42/"
+    for _ in range(3):
+        assert (await gateway.put(pays, {"amount": 100}, key=ADA)).json["error"] == "outcome_unknown"
+        await gateway.put("/api/v0/instances/42/", {"label": "x"}, key=BOB)
+        await gateway.delete("/api/v0/instances/42/", key=BOB)
+    assert len(gateway.fake.calls("PUT /api/v0/instances/prepay/{id}/")) == 1
+
+
+async def test_anothers_many_idempotency_keys_push_out_none(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.ledger.MOST_KEYED_OF_ONE", 20)
+    async with RawUpstream() as upstream:
+        gateway = await team_before(start, tmp_path, upstream)
+        for key in ("one", *(f"of bob {number}" for number in range(30)), "one"):
+            whose, path = (ADA, "/api/v0/asks/7/") if key == "one" else (BOB, "/route/")
+            method = "PUT" if key == "one" else "POST"
+            await gateway(method, path, {}, key=whose, headers={"Idempotency-Key": key})
+        assert sum("/asks/7/" in seen.line for seen in upstream.seen) == 1
 
 
 async def test_members_with_one_key_share_its_line_by_weight(team: Team) -> None:
@@ -289,6 +371,23 @@ async def test_who_may_only_read_gets_no_stored_search_of_others_and_rents_nothi
         told.json["msg"] == "ada may not PUT /api/v0/asks/{id}/: that needs the effect spend (team.members.ada.effects)"
     )
     assert (await gateway.get(SSH, key=ADA)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/api/v0/instances/{}/"),
+        ("GET", "/api/v0/instance_backups/{}/download/"),
+        ("GET", "/api/v0/deployment/{}/download_url/"),
+    ],
+)
+@pytest.mark.parametrize("number", ["42", "%D9%A4%D9%A2", "4_2"])
+async def test_no_spelling_of_a_number_changes_what_a_call_needs(
+    team: Team, method: str, path: str, number: str
+) -> None:
+    gateway = await team(fast=True, ada={"effects": ["read", "search", "spend"]})
+    assert (await gateway(method, path.format(number), key=ADA)).status == 403
+    assert gateway.fake.calls() == []
 
 
 # --- Spends of a day --------------------------------------------------------------------------------------------------
@@ -376,6 +475,20 @@ async def test_one_whose_outcome_is_not_known_counts(team: Team) -> None:
     gateway.fake.faults.append(Fault(match=ASK, kind="drop_after"))
     assert (await gateway.put(gateway.offer(), {}, key=ADA)).json["error"] == "outcome_unknown"
     assert (await gateway.put(gateway.offer(1), {}, key=ADA)).json["error"] == "spends_used_up"
+
+
+async def test_one_that_was_done_and_redirected_to_nowhere_counts_and_is_not_done_again(
+    start: Start, tmp_path: Path
+) -> None:
+    done = answer("Location: /api/v0/instances/9/", status="303 See Other")
+    async with RawUpstream(*[done, answer(status="403 Forbidden")] * 2) as upstream:
+        gateway = await team_before(start, tmp_path, upstream, ada={"spends_per_day": 1})
+        own = {"Idempotency-Key": "one"}
+        for _ in range(2):
+            told = await gateway.put("/api/v0/asks/1/", {}, key=ADA, headers=own)
+            assert (told.status, told.body) == (403, b"")
+        assert (await gateway.put("/api/v0/asks/2/", {}, key=ADA)).json["error"] == "spends_used_up"
+        assert [seen.line.split(" ")[0] for seen in upstream.seen] == ["PUT", "GET"]
 
 
 async def test_a_damaged_file_of_spends_is_told_and_no_reason_to_stop(

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import trustme
 from conftest import Gateway, Start
+from fake_vast import Fault
 from raw import Wire, request
 
 from proxy.settings import SettingsError, load
@@ -125,7 +126,8 @@ async def test_who_finds_no_room_is_told_so_over_tls_too(start: Start, tmp_path:
     trusting = issue(tmp_path)
     gateway = await over_tls(start, tmp_path, server={"max_connections": 1})
     async with await Wire.to(gateway, ssl=trusting, server_hostname="localhost") as first:
-        await first.send(b"PUT /x HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+        gateway.fake.faults.append(Fault(kind="slow", delay=1.0))
+        await first.send(request(SSH))
         await asyncio.sleep(0.1)
         async with await Wire.to(gateway, ssl=trusting, server_hostname="localhost") as second:
             assert (await second.answer()).status == 503

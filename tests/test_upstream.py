@@ -612,3 +612,17 @@ async def test_a_trailer_of_one_answer_is_not_part_of_the_next_ones(parser: str)
     assert server.accepted == 1
     assert first.body == b"abc"
     assert not any(name == "X-Other" for name, _ in (*first.headers, *second.headers))
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "gzip", "identity"])
+async def test_an_answer_with_another_transfer_coding_than_chunked_is_none(coding: str, parser: str) -> None:
+    body = b"2\r\n{}\r\n0\r\n\r\n"
+    sent = answer(f"Transfer-Encoding: {coding}", body=body) + RawUpstream.CLOSE
+    async with RawUpstream(sent) as upstream, client(upstream.url) as calls:
+        assert (await failure(calls)).sent
+
+
+async def test_the_answer_of_another_target_says_so() -> None:
+    found = answer("Location: /x", status="307 Temporary Redirect")
+    async with RawUpstream(OK, found, answer(status="404 Not Found")) as upstream, client(upstream.url) as calls:
+        assert [(await send(calls)).redirected for _ in range(2)] == [False, True]

@@ -12,9 +12,9 @@ from urllib.parse import parse_qsl
 
 from .canonical import canonical_json, canonical_target
 from .errors import Refusal
-from .identity import KEY_FIELDS, Caller
+from .identity import KEY_FIELDS, LARGEST_WITH_KEY, Caller
 from .limiting import decoded
-from .messages import Headers, Request, Response, header
+from .messages import Headers, Request, Response, content_coding, header
 from .routing import ALL, Effect, Family, Route
 from .units import Bytes, Seconds
 
@@ -113,10 +113,13 @@ def may_share(route: Route, request: Request) -> bool:
     return not any(name.lower() in _CONDITIONAL for name, _ in request.headers)
 
 
-def question(route: Route, request: Request, caller: Caller, rules: CacheRules, origin: str = "") -> str:
+def question(
+    route: Route, request: Request, caller: Caller, rules: CacheRules, origin: str = "", cleaned: str = ""
+) -> str:
     """The key of what is asked, by whom, of which origin: equal where answers must be equal, epochs apart.
 
     Sees through key order in JSON, encodings of the query, a trailing slash, and the two spellings of an offer search.
+    `cleaned`: digest of what is taken out of answers, so that one from which less was taken out is never found.
     """
     shared = rules.share_searches and route.family is not None and route.family.market
     who = "*" if shared else caller.credential
@@ -133,20 +136,14 @@ def question(route: Route, request: Request, caller: Caller, rules: CacheRules, 
         for name, value in request.headers
         if name.lower() not in _NEUTRAL and (name.lower(), value) != ("accept", "*/*")
     )
-    parts = json.dumps([who, origin, route.upstream, method, target, kind, others], separators=(",", ":"))
+    parts = json.dumps([who, origin, cleaned, route.upstream, method, target, kind, others], separators=(",", ":"))
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass") + b"\0" + body).hexdigest()[:40]
 
 
 def _canonical_body(body: bytes) -> bytes:
-    canonical = canonical_json(body)
-    if canonical is None:
-        return body
-    fields = json.loads(canonical)
-    if isinstance(fields, dict) and not KEY_FIELDS.isdisjoint(fields):
-        # The key is in the credential; without it a body and a header that carry the same one ask the same.
-        kept = {name: value for name, value in fields.items() if name not in KEY_FIELDS}
-        return canonical_json(json.dumps(kept).encode()) or body
-    return canonical
+    """Its one spelling, without the key. As it is if it is no JSON, or so long that no key is looked for in it."""
+    canonical = canonical_json(body, drop=KEY_FIELDS) if len(body) <= LARGEST_WITH_KEY else None
+    return body if canonical is None else canonical
 
 
 def _offer_search(method: str, target: str, raw: str, body: bytes, kind: str) -> tuple[str, str, bytes, str]:
@@ -191,7 +188,7 @@ def epochs_of_write(
     """
     if route.is_read or (route.effect is Effect.AUTH and not route.invalidates):
         return ()
-    if isinstance(outcome, Response) and 400 <= outcome.status < 500 and not _gone(outcome):
+    if isinstance(outcome, Response) and 400 <= outcome.status < 500 and not (outcome.redirected or _gone(outcome)):
         return ()
     mine = f"epoch:{caller.credential}"
     moved = [f"{mine}:any"]
@@ -282,7 +279,7 @@ def freeze(response: Response, born: float) -> bytes:
     kept = [item for item in impersonal(response.headers) if item[0].lower() != "content-length"]
     kept.append(("Content-Length", str(len(response.body))))
     head = "".join(f"{name}: {value}\r\n" for name, value in kept).encode("latin-1")
-    coded = (header(response.headers, "content-encoding") or "identity").lower() not in ("identity", "")
+    coded = content_coding(response.headers) != "identity"
     return _FRAME.pack(born, coded, len(head)) + head + response.body
 
 
@@ -306,7 +303,7 @@ def accepts_gzip(headers: Headers) -> bool:
 
 def accepts_coding(asked: Headers, answered: Headers) -> bool:
     """Can the client take the answer in the coding it came in? One that asks for a coding gets what upstream chose."""
-    coding = (header(answered, "content-encoding") or "identity").strip().lower()
+    coding = content_coding(answered)
     return coding not in ("gzip", "x-gzip") or accepts_gzip(asked)
 
 

@@ -30,17 +30,20 @@ def canonical_target(target: str, *, drop: frozenset[str] = frozenset()) -> str:
     return spelled + "?" + "&".join(f"{quote_from_bytes(n, safe='')}={quote_from_bytes(v, safe='')}" for n, v in kept)
 
 
-def canonical_json(text: bytes | str) -> bytes | None:
+def canonical_json(text: bytes | str, *, drop: frozenset[str] = frozenset()) -> bytes | None:
     """The one spelling of a JSON value in ASCII; None for what is not JSON or what two readers may take differently.
 
     Keys are sorted, white space goes, strings are spelled alike. Numbers stay as they were written: 1 and 1.0, 0 and
     -0.0, or an integer beyond 2**53 may mean different things to a server. Repeated keys, NaN, and values nested
-    deeper than 100 levels are None.
+    deeper than 100 levels are None. `drop`: names of fields of the outermost object that are left out.
     """
     try:
         # No detection of UTF-16 as json.loads would do; and a string must be what UTF-8 can carry.
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text.encode("utf-8").decode("utf-8")
-        return _spell(_DECODER.decode(decoded), _DEEPEST).encode("ascii")
+        value = _DECODER.decode(decoded)
+        if drop and isinstance(value, dict):
+            value = {name: found for name, found in value.items() if name not in drop}
+        return _spell(value, _DEEPEST).encode("ascii")
     except (ValueError, RecursionError):
         return None
 

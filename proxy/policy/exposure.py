@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -39,9 +38,17 @@ class AdminRules:
 # --- Addresses --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
+LONGEST_ADDRESS, LONGEST_NAME = 100, 255
+"""Characters of an address with zone and port, and of a name (RFC 1035 2.3.4): what is longer is none."""
+
+
 def _address(text: str) -> IPv4Address | IPv6Address | None:
     """An address with or without brackets, port or zone; one of IPv4 in the clothes of IPv6 as what it is."""
+    return _read_address(text) if len(text) <= LONGEST_ADDRESS else None
+
+
+@lru_cache(maxsize=4096)
+def _read_address(text: str) -> IPv4Address | IPv6Address | None:
     match = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|([0-9.]+)(?::\d+)?|([0-9a-fA-F:.]+(?:%\S+)?)", text.strip())
     try:
         found = ip_address((match[1] or match[2] or match[3]).partition("%")[0]) if match else None
@@ -90,12 +97,16 @@ def neighbourhood(address: str) -> str:
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
 def is_our_name(host: str, hosts: tuple[str, ...]) -> bool:
     """May a request say that it is for this host? An address, a name of one label, or one of `hosts`.
 
     A page in a browser whose name was made to lead here (DNS rebinding) has a name with a dot in it.
     """
+    return len(host) <= LONGEST_NAME and _is_our_name(host, hosts)
+
+
+@lru_cache(maxsize=1024)
+def _is_our_name(host: str, hosts: tuple[str, ...]) -> bool:
     name, _, port = (host, "", "") if host.endswith("]") else host.rpartition(":") if ":" in host else (host, "", "")
     if port and not port.isdecimal():
         return False
@@ -147,19 +158,15 @@ def hidden(path: str, peer: str, headers: Headers, rules: AdminRules) -> Refusal
     path = path.rstrip("/")
     if path in OPEN or path in OWN or is_local(peer, headers) or (path in SHELL and rules.token is not None):
         return None
-    given = _bearers(headers)
-    if given and rules.token is not None:
-        if any(same_token(token, rules.token) for token in given):
+    given = [value for name, value in headers if name.lower() == "authorization"]
+    if rules.token is not None and any(map(_bearer, given)):
+        if len(given) == 1 and same_token(_bearer(given[0]), rules.token):  # one request is one guess
             return None
         return Refusal(401, "token_unknown", "this is not the token of `admin.token`")
     msg = "this page is for this machine itself, and for whoever brings the token of `admin.token`"
     return Refusal(403, "admin_only", msg)
 
 
-def _bearers(headers: Headers) -> Iterable[str]:
-    found = []
-    for name, value in headers:
-        scheme, _, token = value.strip().partition(" ")
-        if name.lower() == "authorization" and scheme.lower() == "bearer" and token.strip():
-            found.append(token.strip())
-    return found
+def _bearer(authorization: str) -> str:
+    scheme, _, token = authorization.strip().partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

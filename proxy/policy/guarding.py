@@ -19,6 +19,7 @@ LONGEST_KEY = 255
 """Characters of an Idempotency-Key."""
 FIELD = "idempotency-key"
 _ALIASES = {"deployment": "deployments", "workergroups": "autojobs", "bundles": "asks"}
+_STARTS_ANEW = re.compile(r"/instances/(reboot|recycle)/")
 _MADE = re.compile(rb'"new_contract"\s*:\s*([0-9]+)')
 
 
@@ -47,6 +48,8 @@ class Write:
     """Which one of them; empty where the path names none."""
     key: str = ""
     """Digest of its Idempotency-Key; empty without one."""
+    author: str = ""
+    """Whose it is: the key's, in team mode the member's with that key. Empty in a journal of an older version."""
 
     @property
     def adoptable(self) -> bool:
@@ -69,6 +72,7 @@ def describe(request: Request, route: Route, caller: Caller, origin: str, key: s
         _ALIASES.get(nouns[0], nouns[0]) if nouns else "",
         subject[0] if subject else "",
         hashlib.sha256(f"{caller.author} {origin}\0{key}".encode()).hexdigest()[:32] if key else "",
+        caller.author,
     )
 
 
@@ -88,18 +92,22 @@ def overtakes(later: Write, earlier: Write, made: str = "") -> bool:
     """Was the earlier write's effect perhaps undone by the later one, so that asking for it again means to do it again?
 
     Stop, start, stop: the last stop is another one than the first. What sets a state can be sent too often without
-    harm, so it counts as overtaken by anything that may be about the same thing. What costs money must not be, so that
-    takes a write that names the very same thing, or the thing that was `made`.
+    harm, so it counts as overtaken by anything that may be about the same thing, whoever asks for it. What costs money
+    must not be, so that takes a write of the same author that can undo it: one that destroys the very same thing, or
+    what was `made`. A reboot is undone by whatever sets the state of that instance.
     """
     if later.credential != earlier.credential or later.fingerprint == earlier.fingerprint:
         return False
-    if made and later.noun == "instances" and later.subject == made and later.name.startswith("DELETE "):
-        return True
-    if later.noun != earlier.noun:
+    if earlier.effect == Effect.WRITE:
+        same = earlier.subject == later.subject or not (earlier.subject and later.subject)
+        return later.noun == earlier.noun and same
+    if later.author != earlier.author:
         return False
-    if earlier.subject and later.subject:
-        return earlier.subject == later.subject
-    return earlier.effect == Effect.WRITE
+    destroys = later.name.startswith("DELETE ")
+    if made and later.noun == "instances" and later.subject == made and destroys:
+        return True
+    undoes = destroys or _STARTS_ANEW.search(earlier.name) is not None
+    return undoes and later.noun == earlier.noun and bool(earlier.subject) and earlier.subject == later.subject
 
 
 def idempotency_key(request: Request) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import parse_qsl
+from typing import Any
+from urllib.parse import unquote_plus
 
 from .messages import Request
 
 ANONYMOUS = "anonymous"
 KEY_FIELDS = frozenset({"api_key"})
 """Names of the query parameter and of the JSON field in which clients send the key as well."""
+LARGEST_WITH_KEY = 64 * 1024
+"""Bytes of a body in which a key is looked for: those of clients that send one there are a few hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +54,13 @@ def shown(who: str) -> str:
     return (credential[:8] if re.fullmatch(r"[0-9a-f]{16}", credential) else credential) + space + address
 
 
-def identify(request: Request) -> Caller:
+def identify(request: Request, given: Mapping[str, list[str]] | None = None) -> Caller:
     """The caller of a request, by Authorization, `?api_key=`, the body's `api_key`, and Cookie.
 
     A key given twice is one identity, as the clients do it; two different keys in one request are an identity of their
-    own, since it is not known which of them the endpoint will believe.
+    own, since it is not known which of them the endpoint will believe. `given`: its keys, where they are known already.
     """
-    found = keys_given(request)
+    found = keys_given(request) if given is None else given
     cookies = [value for name, value in request.headers if name.lower() == "cookie"]
     if not found and not cookies:
         return Caller(ANONYMOUS)
@@ -71,12 +75,12 @@ def keys_given(request: Request) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, value in request.headers:
         if name.lower() == "authorization":
-            found.setdefault(_bare(value), []).append("header")
+            found.setdefault(bare(value), []).append("header")
     _, _, query = request.target.partition("?")
     if query:
-        for key in _from_query(query):
+        for key in _from_pairs(query):
             found.setdefault(key, []).append("query")
-    if request.body:
+    if request.body and len(request.body) <= LARGEST_WITH_KEY:
         for key in _from_body(request.body):
             found.setdefault(key, []).append("body")
     found.pop("", None)
@@ -88,16 +92,23 @@ def digest(secret: str) -> str:
     return hashlib.sha256(b"vast-proxy credential\0" + secret.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _bare(authorization: str) -> str:
+def bare(authorization: str) -> str:
+    """What an Authorization header holds, without the word Bearer."""
     scheme, _, token = authorization.strip().partition(" ")
     return token.strip() if scheme.lower() == "bearer" else authorization.strip()
 
 
-def _from_query(query: str) -> list[str]:
-    if "api" not in query and "%" not in query:
+# Nobody is known yet where this is done: what does not carry a key must cost no more than to be looked through.
+_NAME = "".join(f"(?:{letter}|%{ord(letter):02x}|%{ord(letter):02X})" for letter in "api_key")
+_PAIR = re.compile(rf"(?:^|&){_NAME}=([^&]*)")
+
+
+def _from_pairs(text: str) -> list[str]:
+    """Of a query, or a form (application/x-www-form-urlencoded)."""
+    if "api" not in text and "%" not in text:
         return []
-    pairs = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
-    return [value for name, value in pairs if name in KEY_FIELDS]
+    found = _PAIR.findall(text)
+    return [unquote_plus(value, errors="surrogateescape") for value in found]
 
 
 def _from_body(body: bytes) -> list[str]:
@@ -105,11 +116,16 @@ def _from_body(body: bytes) -> list[str]:
     if b"api_key" not in body and b"\\u" not in body and b"%" not in body:
         return []
     try:
-        fields = json.loads(body)
+        # Numbers stay as they were written: one of 5000 digits is JSON too.
+        fields = json.loads(body, object_pairs_hook=_Object, parse_int=str, parse_float=str, parse_constant=str)
     except (ValueError, RecursionError):
         if body.lstrip()[:1] in (b"{", b"["):
             return []
-        return _from_query(body.decode("utf-8", "surrogateescape"))
-    if not isinstance(fields, dict):
+        return _from_pairs(body.decode("utf-8", "surrogateescape"))
+    if not isinstance(fields, _Object):
         return []
-    return [str(value) for name, value in fields.items() if name in KEY_FIELDS and value is not None]
+    return [str(value) for name, value in fields if name in KEY_FIELDS and value is not None]
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object, with every field of those that have the same name."""

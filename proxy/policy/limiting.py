@@ -16,7 +16,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from .messages import Headers, header
+from .messages import Headers, content_coding, header
 from .units import Fraction, Positive, Seconds
 
 EPSILON = 1e-6
@@ -126,8 +126,8 @@ class RateHeaders:
 
 def decoded(headers: Headers, body: bytes, most: int = 8 * 1024 * 1024) -> bytes | None:
     """The body without its content coding, or None if it is unknown, damaged, or larger than `most` bytes."""
-    coding = (header(headers, "content-encoding") or "identity").strip().lower()
-    if coding in ("identity", ""):
+    coding = content_coding(headers)
+    if coding == "identity":
         return body if len(body) <= most else None
     if coding in ("gzip", "x-gzip"):
         wbits = 31

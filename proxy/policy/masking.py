@@ -15,6 +15,10 @@ from .routing import Route, words_of
 _ABOUT_ACCOUNTS = frozenset({"user", "users", "subaccounts", "team"})
 
 
+_STARS = b"\0" + b"*" * 255
+"""NULs stay, by which UTF-16 stays what it is."""
+
+
 class Mask:
     """Covers keys with stars, one for each byte, so that no length changes."""
 
@@ -27,6 +31,7 @@ class Mask:
                 quote(key, safe=""),
                 json.dumps(key)[1:-1],
                 json.dumps(key)[1:-1].replace("/", "\\/"),
+                *(nul.join(key) for nul in ("\0", "\0\0\0")),  # UTF-16 and UTF-32, whichever byte is first
             )
         }
         self._pattern = re.compile(b"|".join(re.escape(one) for one in sorted(spelt, key=len, reverse=True)))
@@ -38,15 +43,14 @@ class Mask:
 
     def cover(self, data: bytes) -> bytes:
         """The same, without a key."""
-        return self._pattern.sub(lambda found: b"*" * len(found[0]), data)
+        return self._pattern.sub(lambda found: found[0].translate(_STARS), data)
 
     def headers(self, headers: Headers) -> Headers:
         """Fields without a key, and without the vendor's session, which is one too."""
-        return tuple(
-            (name, self.cover(value.encode("latin-1")).decode("latin-1"))
-            for name, value in headers
-            if name.lower() != "set-cookie"
-        )
+        return tuple((self._text(name), self._text(value)) for name, value in headers if name.lower() != "set-cookie")
+
+    def _text(self, text: str) -> str:
+        return self.cover(text.encode("latin-1")).decode("latin-1")
 
 
 class Stream:
@@ -80,8 +84,7 @@ def shows_account_keys(route: Route) -> bool:
 
     Not the serverless endpoints', which their clients need.
     """
-    words = words_of(route.template)
-    return bool(words) and words[0] in _ABOUT_ACCOUNTS
+    return not _ABOUT_ACCOUNTS.isdisjoint(words_of(route.template))
 
 
 def without_account_keys(plain: bytes) -> bytes | None:

@@ -9,14 +9,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
-from urllib.parse import quote, unquote, unquote_plus
+from urllib.parse import quote, unquote_plus
 
 from . import caching
 from .errors import Refusal
 from .fields import spans
-from .identity import KEY_FIELDS, Caller, identify, keys_given
-from .messages import Headers, Request, header
-from .routing import Effect, Route, Routes, canonical_name, is_plain, words_of
+from .identity import KEY_FIELDS, LARGEST_WITH_KEY, Caller, digest, identify, keys_given
+from .messages import Headers, Request, content_coding
+from .routing import Effect, Route, Routes, canonical_name, is_plain, letters_of, words_of
+from .spelling import holds
 from .units import Count, Positive
 
 PREFIX = "vp_"
@@ -101,9 +102,20 @@ def hashed(token: str) -> str:
     return "sha256:" + hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+_TOKEN = re.compile(PREFIX + r"[A-Za-z0-9_-]{16,64}")
+
+
 def same_token(token: str, stored: str) -> bool:
-    """Is it the token of that hash? Takes the same time for any."""
-    return hmac.compare_digest(hashed(token), stored)
+    """Is it the token of that hash? Takes the same time for any.
+
+    What does not look like one is none, also if its hash is stored: a word that somebody made up can be guessed.
+    """
+    return _TOKEN.fullmatch(token) is not None and hmac.compare_digest(hashed(token), stored)
+
+
+def digest_of(keys: Keys) -> str:
+    """Equal for the same keys; empty for none."""
+    return digest("\0".join(sorted(key.value for key in keys.values()))) if keys else ""
 
 
 def faults(team: TeamRules, routes: Routes) -> Iterable[tuple[tuple[str | int, ...], str]]:
@@ -117,7 +129,8 @@ def faults(team: TeamRules, routes: Routes) -> Iterable[tuple[tuple[str | int, .
             yield (*here, "token"), f"the same token as that of {seen[member.token]}"
         seen.setdefault(member.token, name)
         if member.key not in team.keys:
-            yield (*here, "key"), f"there is no {member.key} in team.keys"
+            # Who has put the key itself there must not find it in a log.
+            yield (*here, "key"), f"there is no {member.key if len(member.key) < 16 else '***'} in team.keys"
         known = {canonical_name(route.name) for route in routes}
         for what in ("deny", "grant"):
             for index, given in enumerate(getattr(member, what)):
@@ -134,76 +147,116 @@ def admit(request: Request, team: TeamRules, keys: Keys, address: str = "") -> t
     In team mode with the account's key where the token stood. Raises Refusal: 401 without a token of a member, 400 for
     a request in which it is not certain that the token is nowhere left.
     """
-    if not team:
-        return request, replace(identify(request), address=address)
     given = keys_given(request)
+    if not team:
+        if any(key.startswith(PREFIX) for key in given):
+            msg = "this is a gateway token, and this vast-proxy has no team to know it by: it wants a Vast key"
+            raise Refusal(401, "token_unknown", msg)
+        return request, replace(identify(request, given), address=address)
     if not given:
-        msg = (
-            "vast-proxy wants a gateway token where the client has its key (VAST_API_KEY); ask whoever runs it for one"
-        )
-        raise Refusal(401, "token_needed", msg)
+        raise _token_needed()
     token = next(iter(given))
-    # Every member is compared, whoever it is. A key beside the token would leave it open which of them is believed.
-    found = [name for name, member in team.members.items() if same_token(token, member.token)]
-    if not found or len(given) > 1:
-        raise Refusal(401, "token_unknown", "vast-proxy does not know this gateway token: it is wrong, or revoked")
-    name = found[0]
+    name = _member_of(given, request.headers, team)
     member = team.members[name]
-    passed_on = _swapped(request, token, keys[member.key].value)
+    passed_on = _swapped(request, token, given[token], keys[member.key].value)
     caller = identify(passed_on)
     # By the heaviest, so that a turn of no member is a small thing beside what an urgency is worth.
     weight = member.weight / max(one.weight for one in team.members.values())
     return passed_on, replace(caller, member=name, address=address, weight=weight)
 
 
+def vouched(request: Request, team: TeamRules) -> bool:
+    """Is its member known by its head alone? `request`: without its body, in which a token may be too.
+
+    Raises Refusal where the head has a token of nobody's.
+    """
+    given = keys_given(request)
+    if given:
+        _member_of(given, request.headers, team)
+    return bool(given)
+
+
+def must_vouch() -> Refusal:
+    """For a body that is too large to be read from who is not known."""
+    return _token_needed(f"; in a body it is looked for up to {LARGEST_WITH_KEY} bytes, else it goes into the header")
+
+
+def _token_needed(more: str = "") -> Refusal:
+    msg = "vast-proxy wants a gateway token where the client has its key (VAST_API_KEY); ask whoever runs it for one"
+    return Refusal(401, "token_needed", msg + more)
+
+
+def _member_of(given: Mapping[str, list[str]], headers: Headers, team: TeamRules) -> str:
+    """Whose token it is. Raises Refusal. A key beside the token would leave it open which of them is believed."""
+    if sum(name.lower() == "authorization" for name, _ in headers) > 1:
+        raise Refusal(
+            401, "token_unknown", "more than one Authorization header: which of them counts is up to the reader"
+        )
+    # Every member is compared, whoever it is.
+    found = [name for name, member in team.members.items() if same_token(next(iter(given)), member.token)]
+    if not found or len(given) > 1:
+        raise Refusal(401, "token_unknown", "vast-proxy does not know this gateway token: it is wrong, or revoked")
+    return found[0]
+
+
 # --- What a member may do ---------------------------------------------------------------------------------------------
 
-_OF_KEYS = frozenset({"auth", "apikey", "apikeys", "api_keys", "reset_apikey", "regenerate_keys", "tfa"})
-_OF_ACCOUNTS = frozenset({"user", "users", "subaccounts", "team"})
+_OF_KEYS = frozenset({"auth", "apikey", "apikeys", "resetapikey", "regeneratekeys", "tfa"})
+_OF_ACCOUNTS = frozenset({"user", "users", "subaccounts", "team", "transfercredit"})
 
 
 def reserved(route: Route, target: str = "") -> bool:
     """Is this route open only to whom it is granted by name?
 
     Whatever makes, shows or changes a key or a login, and every write to users, subaccounts and the vendor's own teams,
-    by which somebody else would get into the account. `target`: by it an endpoint that is not listed is judged.
+    by which somebody else would get into the account or money out of it. `target`: by it an endpoint that is not listed
+    is judged, wherever in it such a word stands and however it is written.
     """
-    words = words_of(route.template if route.listed else target or route.template)
-    return not _OF_KEYS.isdisjoint(words) or (not route.is_read and bool(words) and words[0] in _OF_ACCOUNTS)
+    words = {word.replace("_", "") for word in words_of(route.template)} if route.listed else letters_of(target)
+    return not _OF_KEYS.isdisjoint(words) or (not route.is_read and not _OF_ACCOUNTS.isdisjoint(words))
 
 
-def forbidden(caller: Caller, route: Route, target: str, team: TeamRules) -> Refusal | None:
-    """Why this member may not ask for that, or None. `target`: as it was asked for."""
+def forbidden(caller: Caller, route: Route, target: str, team: TeamRules, routes: Routes) -> Refusal | None:
+    """Why this member may not ask for that, or None. `target`: as it was asked for.
+
+    What is not in the table is taken for everything in it that looks like it: a server may know more methods and more
+    spellings of one endpoint than the table does.
+    """
     member = team.members.get(caller.member)
     if member is None:
         return None
     here = f"team.members.{caller.member}"
-    name = canonical_name(route.name)
+    alike = () if route.listed else routes.alike(route.method, target)
+    names = {canonical_name(one.name) for one in (route, *alike)}
 
     def refusal(why: str) -> Refusal:
         return Refusal(403, "not_permitted", f"{caller.member} may not {route.name}: {why}")
 
-    if name in map(canonical_name, member.deny):
+    if not names.isdisjoint(map(canonical_name, member.deny)):
         return refusal(f"this route is denied ({here}.deny)")
-    if name in map(canonical_name, member.grant):
-        return None
     if not is_plain(target):
         return refusal("its path can be read in two ways; write it plainly")
-    if reserved(route, target):
+    if route.listed and canonical_name(route.name) in map(canonical_name, member.grant):
+        return None
+    if reserved(route, target) or any(map(reserved, alike)):
         return refusal(f"it is about keys, logins or the account itself, and needs to be granted ({here}.grant)")
-    if route.effect not in member.effects:
-        return refusal(f"that needs the effect {route.effect.value} ({here}.effects)")
+    for effect in dict.fromkeys((route.effect, *(one.effect for one in alike if not one.is_read))):
+        if effect not in member.effects:
+            return refusal(f"that needs the effect {effect.value} ({here}.effects)")
     return None
 
 
 def spends_in(request: Request, route: Route) -> int:
     """For how many of a day's spends a call counts: none if it costs nothing, a bulk create for each of its offers.
 
-    What is sent to the serverless engine is inference, and is not counted.
+    Inference is not counted.
     """
-    if route.effect is not Effect.SPEND or route.upstream == "serverless":
+    name = canonical_name(route.name)
+    if route.effect is not Effect.SPEND or name == _INFERENCE:
         return 0
-    if canonical_name(route.name) == _BULK:
+    if name == _BULK:
+        if len(request.body) > LARGEST_WITH_KEY:
+            return request.body.count(b",") + 1  # at least as many; to read it all would hold up everybody
         try:
             ids = json.loads(request.body)["ids"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -212,43 +265,49 @@ def spends_in(request: Request, route: Route) -> int:
     return 1
 
 
-_BULK = canonical_name("POST /api/v0/asks/bulk/")
+_BULK, _INFERENCE = canonical_name("POST /api/v0/asks/bulk/"), canonical_name("POST /route/")
 
 
 # --- The key in the token's place -------------------------------------------------------------------------------------
 
 # A session is another way of being somebody; the rest would let a client choose what is answered in pieces, by which a
 # key could not be recognised, or have the request taken for another one than the one that was permitted.
-_NOT_PASSED = frozenset(
-    {
-        "cookie",
-        "forwarded",
-        "if-range",
-        "range",
-        "x-forwarded-for",
-        "x-forwarded-host",
-        "x-forwarded-proto",
-        "x-http-method",
-        "x-http-method-override",
-        "x-method-override",
-        "x-original-url",
-        "x-rewrite-url",
-    }
+_NOT_PASSED = frozenset({"cookie", "forwarded", "if-range", "range", "true-client-ip"})
+_NOT_PASSED_FROM = (
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-forwarded",
+    "x-host",
+    "x-http-method",
+    "x-method",
+    "x-original",
+    "x-override",
+    "x-proxy",
+    "x-real-ip",
+    "x-rewrite",
+    "x-script-name",
+    "x-url",
 )
 
 
-def _swapped(request: Request, token: str, key: str) -> Request:
+def _is_passed(name: str) -> bool:
+    """May this header, its name in small letters, go upstream? One with `_` is that with `-` to a server by WSGI."""
+    return not (name in _NOT_PASSED or "_" in name or name.startswith(_NOT_PASSED_FROM))
+
+
+def _swapped(request: Request, token: str, places: list[str], key: str) -> Request:
     """The request with the key wherever the token stood as a key, otherwise to the byte as it was."""
     headers = tuple(
         (name, _swapped_header(name.lower(), value, token, key, request.headers))
         for name, value in request.headers
-        if name.lower() not in _NOT_PASSED
+        if _is_passed(name.lower())
     )
-    if (header(headers, "content-encoding") or "identity").strip().lower() != "identity":
+    if content_coding(headers) != "identity":
         raise _leaking("a body with a content coding cannot be looked into")
     path, mark, query = request.target.partition("?")
     target = path + mark + _swapped_query(query, token, key)
-    swapped = replace(request, target=target, headers=headers, body=_swapped_body(request.body, token, key))
+    body = _swapped_body(request.body, token, key) if "body" in places else request.body
+    swapped = replace(request, target=target, headers=headers, body=body)
     if _holds(swapped, token):
         raise _leaking("the gateway token stands elsewhere than where clients put their key")
     return swapped
@@ -289,18 +348,8 @@ def _swapped_body(body: bytes, token: str, key: str) -> bytes:
     return body
 
 
-_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
-
-
 def _holds(request: Request, token: str) -> bool:
     """Is the token still in there, as it is or in a spelling that is read as it?"""
-    texts = [request.target, *(text for item in request.headers for text in item)]
-    texts.append(request.body.replace(b"\0", b"").decode("latin-1"))  # UTF-16 has a NUL at every other place
-    for text in texts:
-        if token in text:
-            return True
-        if "\\u" in text and token in _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text):
-            return True
-        if "%" in text and (token in unquote(text) or token in unquote(unquote(text))):
-            return True
-    return False
+    head = " ".join([request.target, *(text for item in request.headers for text in item)])
+    needle = token.encode()
+    return holds(head.encode("utf-8", "surrogateescape"), needle) or holds(request.body, needle)

@@ -51,6 +51,14 @@ def header(headers: Headers, name: str) -> str | None:
     return None
 
 
+def content_coding(headers: Headers) -> str:
+    """What was done to the body (RFC 9110 8.4), in small letters: `identity` for nothing, several as they stand."""
+    found = [value for key, value in headers if key.lower() == "content-encoding"]
+    if not found:
+        return "identity"
+    return ", ".join(found).strip().lower() or "identity"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request as it came in: the raw target, end-to-end headers, the whole body as sent."""
@@ -99,6 +107,8 @@ class Response:
     """The header lines as they go on the wire, where they are stored so; then `headers` is empty."""
     receipt: Receipt | None = None
     """To be told what becomes of it."""
+    redirected: bool = False
+    """It is another target's answer, to which that of the request led: whatever it says, the request was done."""
 
 
 class CacheStatus(Enum):

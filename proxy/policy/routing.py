@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ _UPSTREAMS = ("api", "serverless")
 _SMALL = "abcdefghijklmnopqrstuvwxyz_-"
 _VERSIONS = frozenset(f"v{number}" for number in range(10))
 _HEX = "0123456789abcdefABCDEF"
+_PLAIN = re.compile(r"[A-Za-z0-9._~:@+=,!'()*&$ -]+")
+_LETTERS = re.compile(r"[a-z]+")
 _SEGMENTS_KEPT = 8
 _SHORTEST_HEX = 8
 _LONGEST_NAME = 32
@@ -131,13 +134,14 @@ class RouteError(ValueError):
 class Routes:
     """All listed routes. Owns the tree they are looked up in; never changes once built, so it may be shared freely."""
 
-    __slots__ = ("_listed", "_root", "families")
+    __slots__ = ("_listed", "_root", "_shapes", "families")
 
     def __init__(self, listed: Sequence[Route], families: Mapping[str, Family]) -> None:
         self.families: Mapping[str, Family] = MappingProxyType(dict(families))
         """Every family by its name, used or not."""
         self._listed = tuple(listed)
         self._root = _Node()
+        self._shapes = [(words_of(route.template), route) for route in self._listed]
         for route in self._listed:
             self._root.add(route)
 
@@ -170,6 +174,22 @@ class Routes:
                 return route
         return _unlisted(method, path)
 
+    def alike(self, method: str, target: str) -> tuple[Route, ...]:
+        """The listed routes of that shape, whatever their method and version, and whatever stands for a parameter.
+
+        For a GET those for GET alone, if there are any.
+        """
+        words = words_of(target)
+        found = tuple(route for shape, route in self._shapes if _fits(shape, words))
+        gets = tuple(route for route in found if route.method == "GET") if method in ("GET", "HEAD") else ()
+        return gets or found
+
+
+def _fits(shape: list[str], words: list[str]) -> bool:
+    return len(shape) == len(words) and all(
+        here[:1] == "{" or here == word for here, word in zip(shape, words, strict=True)
+    )
+
 
 def parameter(route: Route, target: str) -> tuple[str, ...]:
     """What stands in a target, percent-decoded, where the template of its route has `{…}`."""
@@ -188,14 +208,27 @@ def words_of(target: str) -> list[str]:
     """The segments of a path, in small letters, without `api` and the version before them."""
     words = [segment.lower() for segment in _segments(target)]
     if words[:1] == ["api"]:
-        del words[: 2 if words[1:2] and words[1] in _VERSIONS else 1]
+        del words[0]
+    if words and words[0][:1] == "v" and words[0][1:].isdecimal():
+        del words[0]
     return words
 
 
+def letters_of(target: str) -> frozenset[str]:
+    """Every word in a path, however they are put together: of `Reset-ApiKey` it is `reset`, `apikey`, `resetapikey`."""
+    found: set[str] = set()
+    for segment in _segments(target):
+        words = _LETTERS.findall(segment.lower())
+        found.update(words, ["".join(words)])
+    return frozenset(found)
+
+
 def is_plain(target: str) -> bool:
-    """Is there no other path that a server may read in this one, by decoding it twice, resolving dots or the like?"""
-    return not any(
-        segment in ("", ".", "..") or not segment.isprintable() or any(mark in segment for mark in "/\\;%")
+    """Is there no other path that a server may read in this one: by decoding it twice, resolving dots, taking digits of
+    another script for digits, or the like?
+    """
+    return all(
+        segment not in (".", "..") and segment == segment.strip() and _PLAIN.fullmatch(segment)
         for segment in _segments(target)
     )
 

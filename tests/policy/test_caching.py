@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -482,3 +483,30 @@ def test_who_cannot_take_a_coding_gets_the_plain_bytes_and_their_length() -> Non
 def test_what_cannot_be_decoded_is_passed_on_as_it_is(body: bytes) -> None:
     answer = Response(200, GZIP, body)
     assert plain(answer) is answer
+
+
+def test_what_less_was_taken_out_of_is_another_question() -> None:
+    asked = Request("GET", "/api/v0/instances/", (("Authorization", "Bearer k"),))
+    route, caller = ROUTES.match(asked.method, asked.target), identify(asked)
+    told = [question(route, asked, caller, CacheRules(), "origin", cleaned) for cleaned in ("", "a", "b", "a")]
+    assert told[1] == told[3]
+    assert len(set(told)) == 3
+
+
+@pytest.mark.parametrize("body", [b"[" + b"1," * 2_000_000 + b"1]", b'{"api_key": "k", "a":' + b" " * 70_000 + b"1}"])
+def test_a_body_in_which_no_key_is_looked_for_is_a_question_to_the_byte(body: bytes) -> None:
+    def ask(body: bytes) -> str:
+        asked = Request("POST", "/api/v0/bundles/", (("Content-Type", "application/json"),), body)
+        return question(ROUTES.match(asked.method, asked.target), asked, identify(asked), CacheRules())
+
+    began = time.process_time()
+    assert ask(body) == ask(bytes(body)) != ask(body + b" ")
+    assert ask(body) != ask(body.replace(b'"k"', b'"l"').replace(b"[1", b"[2"))
+    assert time.process_time() - began < 0.5
+
+
+def test_a_write_that_was_redirected_and_then_refused_was_done() -> None:
+    route, caller = ROUTES.match("DELETE", "/api/v0/instances/7/"), Caller("me")
+    families = {family.name: family for family in ROUTES.families.values()}
+    assert epochs_of_write(route, caller, Response(404, ()), families) == ()
+    assert epochs_of_write(route, caller, Response(404, (), redirected=True), families) != ()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.policy import exposure
 from proxy.policy.exposure import (
     AdminRules,
     client_address,
@@ -54,6 +55,16 @@ def test_addresses_single_labels_and_named_hosts_are_ours(host: str) -> None:
 )  # fmt: skip
 def test_any_other_name_is_not(host: str) -> None:
     assert not is_our_name(host, HOSTS)
+
+
+def test_no_name_is_longer_than_a_name_can_be_and_long_ones_are_not_kept() -> None:
+    for host in ("a" * 256, f"[{'1' * 300}]", f"localhost:{'1' * 300}"):
+        assert not is_our_name(host, HOSTS)
+        assert client_address("10.0.0.1", (("X-Forwarded-For", host),), TRUSTED) == "10.0.0.1"
+    before = exposure._is_our_name.cache_info().misses, exposure._read_address.cache_info().misses
+    is_our_name("b" * 16_000, HOSTS)
+    client_address("10.0.0.1", (("X-Forwarded-For", "1" * 16_000),), TRUSTED)
+    assert (exposure._is_our_name.cache_info().misses, exposure._read_address.cache_info().misses) == before
 
 
 # --- Addresses --------------------------------------------------------------------------------------------------------
@@ -115,7 +126,7 @@ def test_a_page_of_another_site_is_told_by_what_browsers_say(headers: Headers, f
 
 # --- Our own pages ----------------------------------------------------------------------------------------------------
 
-TOKEN = "vp_0123456789"
+TOKEN = "vp_0123456789abcdef"
 RULES = AdminRules(hashed(TOKEN))
 BEARER = (("Authorization", f"Bearer {TOKEN}"),)
 
@@ -151,6 +162,12 @@ def test_the_other_pages_are_for_this_machine_and_the_token(path: str) -> None:
     assert told("192.0.2.1", path=path) == "admin_only"
     assert told("192.0.2.1", BEARER, AdminRules(), path=path) == "admin_only"
     assert told("192.0.2.1", (("Authorization", f"Bearer {TOKEN}x"),), path=path) == "token_unknown"
+
+
+def test_one_request_is_one_guess() -> None:
+    wrong = (("Authorization", "Bearer vp_0123456789abcdeX"),)
+    for headers in (wrong * 99 + BEARER, BEARER + wrong, BEARER * 2, (("Authorization", "Basic x"), *BEARER)):
+        assert told("192.0.2.1", headers) == "token_unknown"
 
 
 @pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For", "x-forwarded-host", "X-Real-IP", "Via"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 
 import pytest
 
@@ -63,9 +64,14 @@ def test_nothing_secret_is_in_it() -> None:
         ("PUT /api/v0/instances/ stop-all", "PUT /api/v0/instances/5/ start", True),
         ("PUT /api/v0/instances/reboot/5/ -", "PUT /api/v0/instances/5/ stop", True),
         ("PUT /api/v0/instances/reboot/5/ -", "PUT /api/v0/instances/ stop-all", False),
-        ("PUT /api/v0/asks/5/ a", "PUT /api/v0/asks/5/ b", True),
+        ("PUT /api/v0/asks/5/ a", "PUT /api/v0/asks/5/ b", False),
         ("PUT /api/v0/asks/5/ a", "PUT /api/v0/asks/6/ b", False),
         ("PUT /api/v0/asks/5/ a", "DELETE /api/v0/instances/5/ -", False),
+        ("PUT /api/v0/instances/prepay/5/ a", "PUT /api/v0/instances/5/ label", False),
+        ("PUT /api/v0/instances/prepay/5/ a", "PUT /api/v0/instances/prepay/5/ b", False),
+        ("PUT /api/v0/instances/prepay/5/ a", "DELETE /api/v0/instances/5/ -", True),
+        ("PUT /api/v0/instances/prepay/5/ a", "DELETE /api/v0/instances/6/ -", False),
+        ("PUT /api/v0/volumes/ a", "DELETE /api/v0/volumes/ -", False),
         ("PUT /api/v0/launch_instance/ a", "PUT /api/v0/launch_instance/ b", False),
         ("POST /api/v0/asks/bulk/ a", "PUT /api/v0/asks/5/ b", False),
         ("PUT /api/v0/commands/transfer_credit/ a", "PUT /api/v0/commands/transfer_credit/ b", False),
@@ -79,6 +85,8 @@ def test_what_takes_back_another_ones_effect(earlier: str, later: str, overtaken
         return write(f"{method} {target}", body.encode())
 
     assert overtakes(made(later), made(earlier)) is overtaken
+    is_spend = made(earlier).effect == "spend"
+    assert overtakes(replace(made(later), author="another member"), made(earlier)) is (overtaken and not is_spend)
     assert not overtakes(write("DELETE /api/v0/instances/5/", auth=("Authorization", "Bearer x")), made(earlier))
 
 

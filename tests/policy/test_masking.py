@@ -21,9 +21,17 @@ def test_a_key_is_covered_in_every_spelling_and_the_length_stays(spelling: str) 
     assert MASK.cover(text) == b"a" + b"*" * len(spelling) + b"b"
 
 
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_key_is_covered_in_every_coding_of_json(coding: str) -> None:
+    covered = MASK.cover(f'{{"a": "{KEY}"}}'.encode(coding))
+    assert KEY not in covered.decode(coding)
+    assert KEY.encode() not in covered.replace(b"\0", b"")
+
+
 def test_headers_lose_keys_and_sessions() -> None:
-    given = (("Location", f"/x?api_key={KEY}"), ("Set-Cookie", "session=1"), ("X-A", "b"))
-    assert MASK.headers(given) == (("Location", f"/x?api_key={'*' * len(KEY)}"), ("X-A", "b"))
+    given = (("Location", f"/x?api_key={KEY}"), ("Set-Cookie", "session=1"), ("X-A", "b"), (KEY, "1"))
+    stars = "*" * len(KEY)
+    assert MASK.headers(given) == (("Location", f"/x?api_key={stars}"), ("X-A", "b"), (stars, "1"))
 
 
 @given(st.lists(st.sampled_from([KEY, KEY[:7], KEY[7:], "another-key-of-the-gateway", "x", "\n"])), st.data())

@@ -10,7 +10,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.routing import ALL, Effect, Family, Route, RouteError, Routes, parameter
+from proxy.policy.routing import (
+    ALL,
+    Effect,
+    Family,
+    Route,
+    RouteError,
+    Routes,
+    is_plain,
+    letters_of,
+    parameter,
+    words_of,
+)
 
 _SHIPPED = Path(__file__).parents[2] / "config" / "routes.yaml"
 
@@ -680,3 +691,37 @@ def test_what_is_wrong_outside_of_the_entries_is_named_too(table: Any, field: st
         Routes.build([table])
     assert (caught.value.index, caught.value.field) == (None, field)
     assert str(caught.value).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("target", ["/", "/api/v0/instances/42/?a=%2F;", "/team/roles/my%20role-1.0_x~@:,+/", "/a b/"])
+def test_a_plain_path_is_one_that_nobody_reads_in_two_ways(target: str) -> None:
+    assert is_plain(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/a//b/", "/./a", "/a/..", "/a%2Fb/", "/a%5Cb", "/a\\b", "/a;b/", "/a%3Bb", "/%2541/", "/a%20/", "/%20a/",
+        "/a%00/", "/%D9%A4/", "/%EF%BC%8E/", "/a%0Ab/", "/a%3Fb", "/a%23b", "/%ff/", "/a%7Cb", "/a<b>/", "/é/",
+    ],
+)  # fmt: skip
+def test_any_other_is_not_plain(target: str) -> None:
+    assert not is_plain(target)
+
+
+def test_the_words_of_a_path_are_found_however_they_are_put_together() -> None:
+    assert letters_of("/api/v0/Reset-ApiKey_2/x") >= {"api", "reset", "apikey", "resetapikey", "x"}
+    assert letters_of("/api/v0/%61uth.json?users") == {"api", "v", "auth", "json", "authjson"}
+
+
+def test_versions_of_any_number_are_left_out_of_a_paths_words() -> None:
+    assert words_of("/api/v12/Users/7/") == words_of("/v1/users/7") == words_of("/users/7/") == ["users", "7"]
+    assert words_of("/api/vx/users") == ["vx", "users"]
+
+
+def test_a_path_is_like_every_listed_route_of_its_shape_whatever_its_method_and_version() -> None:
+    routes = Routes.build([yaml.safe_load(_SHIPPED.read_text())])
+    put = {route.name for route in routes.alike("PATCH", "/api/v3/instances/x/")}
+    assert put == {f"{method} /api/v0/instances/{{id}}/" for method in ("GET", "PUT", "DELETE")}
+    assert [route.name for route in routes.alike("HEAD", "/API/v3/instances/x/")] == ["GET /api/v0/instances/{id}/"]
+    assert routes.alike("GET", "/api/v0/instances/x/y/z/") == ()
