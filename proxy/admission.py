@@ -38,6 +38,8 @@ from .policy.queueing import STOPS_MONEY, USUAL, Flow, Line, Order, Place, Queue
 from .policy.retrying import PASSING
 from .policy.routing import Effect, Route
 
+UNLISTED = "(not listed)"
+"""After the name of an endpoint that stands in no table."""
 EVERYBODY = "*"
 """The credential of a bucket that all keys share."""
 SLOW_START_ENDS = 64
@@ -290,10 +292,18 @@ class Origin(Order[_Place]):
 class Ticket:
     """A turn that came. A context: whatever happens inside, its slot and its tokens are given back or charged."""
 
-    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "_turn", "route", "sends")
+    __slots__ = ("_admission", "_charged", "_done", "_origin", "_queue", "_turn", "route", "sends", "waited")
 
     def __init__(
-        self, admission: Admission, origin: Origin, queue: _Queue, route: Route, charged: Limiter | None, turn: Turn
+        self,
+        admission: Admission,
+        origin: Origin,
+        queue: _Queue,
+        route: Route,
+        charged: Limiter | None,
+        turn: Turn,
+        *,
+        waited: bool = False,
     ) -> None:
         self._admission = admission
         self._origin = origin
@@ -301,6 +311,8 @@ class Ticket:
         self._done = False
         self._charged = charged
         self._turn = turn
+        self.waited = waited
+        """It stood in line for it."""
         self.route = route
         self.sends: tuple[Send, Send, Send] | None = None
 
@@ -431,7 +443,7 @@ class Admission:
             turn.wait = None
         turn.served = True
         turn.paid = (wait.by.who, wait.by.weight) if wait.by is not None else None
-        return Ticket(self, origin, queue, route, wait.charged, turn)
+        return Ticket(self, origin, queue, route, wait.charged, turn, waited=wait.future is not None)
 
     def lend(self, turn: Turn, other: Turn) -> None:
         """`other` waits for the same call as `turn`: it goes at the better of their places, and counts for its owner.
@@ -889,7 +901,9 @@ class Admission:
         return any(bucket.enforced and bucket.refused_in_row and bucket.due(now) > now for bucket in queue.buckets)
 
     def _line_key(self, route: Route, credential: str) -> tuple[str, str, str]:
-        return EVERYBODY if self.limits.scope == "ip" else credential, route.upstream, route.name
+        # What is not listed may look like what is: the careful numbers of a guess are not for a known endpoint.
+        name = route.name if route.listed else f"{route.name} {UNLISTED}"
+        return EVERYBODY if self.limits.scope == "ip" else credential, route.upstream, name
 
     def _queue(self, route: Route, credential: str) -> _Queue:
         key = self._line_key(route, credential)

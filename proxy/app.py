@@ -97,7 +97,7 @@ class App:
         self.metrics = Metrics(self._in_numbers, lambda name: name in self._listed)
         self.window = Window(self.clock, lambda: self._status() | {"totals": self.admin.counted.shown()})
         pages = {"/_proxy/metrics": self.metrics.answer} | self.window.pages("/_proxy")
-        own = Own(self.admission, lambda: self.settings.routes)
+        own = Own(self.admission, lambda: (self.settings.routes, self.settings.team))
         self.admin = Admin(self._status, SHOWN, lambda: self._ready, pages, own.pages("/_proxy"))
         self.access = AccessLog(settings.log.level, settings.log.format, wall)
         self.server = Server(
@@ -267,6 +267,7 @@ class App:
             "flights": len(self.pipeline.flights),
             "clients": {"connections": len(self.server.clients), "body_bytes": self.server.bodies.size},
             "away": {name: breaker.away for name, breaker in self.breakers.items()},
+            "pausing": {name: self.pipeline.pausing[name] for name in self.breakers},
             "writes": len(self.ledger),
             "cache": {
                 "entries": self.store.entries,

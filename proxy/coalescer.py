@@ -57,17 +57,23 @@ class Coalescer(Generic[T]):
         return len(self._tasks)
 
     async def join(
-        self, key: str | None, call: Call[T], watch: Callable[[Flight[T]], None] | None = None
+        self,
+        key: str | None,
+        call: Call[T],
+        watch: Callable[[Flight[T]], None] | None = None,
+        fits: Callable[[Flight[T]], bool] = lambda flight: True,
     ) -> tuple[T | None, bool]:
         """The result, and whether it is another's. None for a follower whose result only one could have: go alone.
 
-        Without a key the call is nobody else's, but outlives its caller all the same. `watch` is shown the flight
-        before it is waited for. Raises what `call` raises.
+        Without a key the call is nobody else's, but outlives its caller all the same. One that does not fit any more is
+        not joined, and another one takes its place. `watch` is shown the flight before it is waited for. Raises what
+        `call` raises.
         """
         flight = self._flights.get(key) if key is not None else None
         task = flight.task if flight is not None else None
-        collapsed = task is not None and not task.done()
-        if flight is None or task is None or task.done():  # what has landed is not joined, though some are yet to wake
+        # What has landed is not joined, though some are yet to wake.
+        collapsed = flight is not None and task is not None and not task.done() and fits(flight)
+        if flight is None or task is None or not collapsed:
             flight = Flight()
             flight.task = task = asyncio.ensure_future(call(flight))
             self._tasks.add(task)

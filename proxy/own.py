@@ -9,10 +9,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from .admission import Admission
+from .policy import members
 from .policy.errors import Refusal
 from .policy.identity import Caller
+from .policy.members import TeamRules
 from .policy.messages import Response
-from .policy.routing import Routes
+from .policy.routing import Routes, canonical_name
 
 MOST_CALLS = 100_000
 """For so many calls at the most a plan is made."""
@@ -22,10 +24,10 @@ _HOW = "ask for a method, a path and a number of calls, such as /_proxy/plan?met
 class Own:
     """Answers for one caller, who has been recognised by the key or token of the request. Owns nothing."""
 
-    def __init__(self, admission: Admission, routes: Callable[[], Routes]) -> None:
-        """`routes`: the table in force."""
+    def __init__(self, admission: Admission, rules: Callable[[], tuple[Routes, TeamRules]]) -> None:
+        """`rules`: the table and the team in force."""
         self._admission = admission
-        self._routes = routes
+        self._rules = rules
 
     def pages(self, root: str) -> dict[str, Callable[[Caller, str], Response]]:
         """By path; each is told who asks, and the query."""
@@ -50,7 +52,13 @@ class Own:
             raise Refusal(400, "bad_request", _HOW)
         if not re.fullmatch(r"[0-9]{1,6}", calls) or not 1 <= int(calls) <= MOST_CALLS:
             raise Refusal(400, "bad_request", f"calls: expected a whole number from 1 to {MOST_CALLS}; {_HOW}")
-        route = self._routes().match(method, path)
+        routes, team = self._rules()
+        # Also as the tables and the log write it, with `{id}` where an id stands.
+        name = canonical_name(f"{method} {path}")
+        route = next((one for one in routes if canonical_name(one.name) == name), None) or routes.match(method, path)
+        forbidden = members.forbidden(caller, route, path, team, routes)
+        if forbidden is not None:
+            raise forbidden
         plan = self._admission.plan(route, caller, int(calls))
         return _json({"success": True, "caller": caller.label, "route": route.name, "calls": int(calls), **plan})
 

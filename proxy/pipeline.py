@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -151,6 +151,8 @@ class _Journey:
     """Of a write: where it is remembered."""
     spend: Spend | None = None
     """Of a call that counts for its member's day."""
+    epoch: str | None = None
+    """The key of its question in the epochs in which it was sent."""
     stale_allowed: bool = False
     fallback: _Stale | None = None
     """What there was to fall back on when it began."""
@@ -209,6 +211,8 @@ class Pipeline:
         self.tried: Callable[[Exchange, Step], None] = lambda exchange, step: None
         """Told of each try that was sent, as it ends, and whose it was."""
         self.flights: Coalescer[Fetched] = Coalescer(_has_rest, _drop_rest)
+        self.pausing: Counter[str] = Counter()
+        """Of each upstream, how many calls wait beside the line after a failure, their own or others'."""
         self._places_until = 0.0
         # Places given up unserved, kept a while for whoever comes back with the same request.
         self._places: TTLCache[str, deque[Turn]] = TTLCache(PLACES, PLACE_KEPT_FOR, timer=clock.now)
@@ -412,26 +416,33 @@ class Pipeline:
             _note_share(fetched, exchange, journey.began)
 
     async def _joined(self, journey: _Journey, watch: Watch) -> tuple[Fetched | None, bool]:
-        """What the flight brings that asks the same, and whether another leads it."""
-        key = await self._key(journey.known)
-        if not journey.stale_allowed:
-            key = f"{key}!fresh"
-        turn, lent_to = journey.turn, None
+        """What the flight brings that asks the same, and whether another leads it.
+
+        What has not been sent yet will be read later than every write that has ended; what has been is for those of the
+        epochs in which it was.
+        """
+        epoch = await self._key(journey.known)
+        key = f"{journey.known.question}{'' if journey.stale_allowed else '!fresh'}"
+        turn = journey.turn
+        lent_to: Turn | None = None
 
         def lead(flight: Flight[Fetched]) -> Coroutine[Any, Any, Fetched]:
-            flight.about = turn
+            flight.about = journey
             return self._fetch(journey, flight)
+
+        def fits(flight: Flight[Fetched]) -> bool:
+            return not flight.busy or (isinstance(flight.about, _Journey) and flight.about.epoch == epoch)
 
         def joined(flight: Flight[Fetched]) -> None:
             nonlocal lent_to
-            if isinstance(flight.about, Turn) and flight.about is not turn:
+            if isinstance(flight.about, _Journey) and flight.about is not journey:
                 # Whoever would have had its turn earlier by itself has it so.
-                lent_to = flight.about
+                lent_to = flight.about.turn
                 self.admission.lend(lent_to, turn)
             watch(flight)
 
         try:
-            return await self.flights.join(key, lead, joined)
+            return await self.flights.join(key, lead, joined, fits)
         finally:
             if lent_to is not None:
                 self.admission.take_back(lent_to, turn)
@@ -509,7 +520,11 @@ class Pipeline:
                 flight.keep = False
                 flight.busy = journey.acted and not known.route.is_read
                 if pause:
-                    await self.clock.sleep(pause)
+                    self.pausing[known.route.upstream] += 1
+                    try:
+                        await self.clock.sleep(pause)
+                    finally:
+                        self.pausing[known.route.upstream] -= 1
             if journey.acted and not known.route.is_read:
                 await self._end_epochs(journey, fetched.outcome)
             if entry is not None:
@@ -630,7 +645,7 @@ class Pipeline:
             ticket = await self.admission.turn(journey.turn, known.route, known.caller.credential, deadline=deadline)
         except Refusal as refusal:
             return refusal
-        journey.queued |= clock.now() > began
+        journey.queued |= ticket.waited
         leave = breaker.enter(known.call, clock.now())
         if isinstance(leave, Refusal):
             ticket.close()
@@ -649,6 +664,7 @@ class Pipeline:
                 self.ledger.sent(journey.entry)
             if journey.spend is not None:
                 journey.spend.sent()
+            journey.epoch = key
             flight.keep = journey.may_keep
             flight.busy = True
 

@@ -948,7 +948,8 @@ async def _stream(
 
 def _reset(transport: asyncio.Transport) -> None:
     """End a connection so that no client takes it for the end of an answer, not even one that is told no length."""
-    with contextlib.suppress(OSError, TypeError):  # uvloop's sockets do not let this be set
+    # uvloop's sockets do not let this be set, and a TLS connection that its client has closed has none any more.
+    with contextlib.suppress(OSError, TypeError, AttributeError):
         linger = struct.pack("ii", 1, 0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()

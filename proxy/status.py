@@ -166,7 +166,9 @@ def _drawn(told: Mapping[str, Any], lost: str, width: int, height: int | None) -
         parts.append(Text(_plain(f"{lost}; trying again"), style="bold red", no_wrap=True, overflow="ellipsis"))
     for name, routes in told.get("away", {}).items():
         if routes:
-            away = _plain(f"{name} counts as away: {', '.join(routes)}")
+            pausing = told.get("pausing", {}).get(name, 0)
+            which = "all of it" if "*" in routes else ", ".join(routes)
+            away = _plain(f"{name} counts as away: {which}" + (f"; {pausing} waiting for it" if pausing else ""))
             parts.append(Text(away, style="bold red", no_wrap=True, overflow="ellipsis"))
     sums = _sums(told, width)
     lines = told.get("lines", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -156,3 +157,26 @@ async def test_a_line_for_an_endpoint_that_is_away_holds_up_no_other(start: Star
     for one in waiting:
         one.cancel()
     await asyncio.wait(waiting)
+
+
+async def test_who_comes_while_it_is_away_is_told_so_soon_also_where_every_step_takes_its_time(start: Start) -> None:
+    gateway: Gateway = await start(fast=True)
+    await gateway.fake.stop()
+    clock, steps = gateway.app.clock, itertools.count()
+    now = clock.now
+    clock.now = lambda: now() + next(steps) * 1e-6  # as a real one does
+    for _ in range(6):
+        began = gateway.now()
+        told = await gateway.get("/api/v0/ssh/", headers={"User-Agent": "vastai-cli/1"})
+        assert told.json["error"] == "upstream_unreachable"
+        assert gateway.now() - began < 30.0
+
+
+async def test_those_who_wait_for_it_beside_the_line_are_counted(start: Start) -> None:
+    gateway: Gateway = await start(fast=True)
+    await gateway.fake.stop()
+    waiting = asyncio.create_task(gateway.get("/api/v0/ssh/"))
+    await asyncio.sleep(0.1)
+    assert gateway.app._status()["pausing"] == {"api": 1, "serverless": 0}
+    await waiting
+    assert gateway.app._status()["pausing"] == {"api": 0, "serverless": 0}

@@ -109,3 +109,38 @@ async def test_a_plan_of_what_is_not_clear_is_refused_with_an_example(start: Sta
     told = await gateway.get(f"/_proxy/plan{query}", key=MINE)
     assert (told.status, told.json["error"]) == (400, "bad_request")
     assert "/_proxy/plan?method=PUT" in told.json["msg"]
+
+
+async def test_a_plan_may_name_the_endpoint_as_tables_and_log_do(start: Start) -> None:
+    gateway = await start()
+    by_name = await gateway.get("/_proxy/plan?method=PUT&path=/api/v0/asks/{id}/", key=MINE)
+    assert by_name.json == (await gateway.get(PUT, key=MINE)).json
+    assert (by_name.json["interval"], by_name.json["source"]) == (4.5, "documented")
+
+
+async def test_what_a_member_may_not_do_is_not_planned(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(MINE)
+    (tmp_path / "key").chmod(0o600)
+    members = {"ada": {"token": hashed(ADA), "effects": ["read"]}}
+    gateway = await start(team={"keys": {"default": {"file": str(tmp_path / "key")}}, "members": members})
+    told = await gateway.get(PUT, key=ADA)
+    assert (told.status, told.json["error"]) == (403, "not_permitted")
+
+
+@pytest.mark.parametrize("path", ["/api/v0/asks/17x/", "/api/v0/asks/{id}/"])
+async def test_a_path_that_only_looks_like_a_known_endpoint_changes_nothing_of_its_limit(
+    start: Start, path: str
+) -> None:
+    gateway = await start()
+    tasks = renting(gateway, range(3), key=MINE)
+    await asyncio.sleep(0.1)
+    strange = asyncio.create_task(gateway.put(path, RENT, key=MINE))
+    await asyncio.sleep(0.1)
+    limits = {limit["route"]: limit for limit in gateway.app._status()["limits"]}
+    assert (limits["PUT /api/v0/asks/{id}/"]["interval"], limits["PUT /api/v0/asks/{id}/"]["source"]) == (
+        4.5,
+        "documented",
+    )
+    await done(tasks)
+    await strange
+    assert gateway.fake.refused == []

@@ -278,7 +278,7 @@ def test_what_it_is_told_is_text_and_no_markup_or_command_to_the_terminal() -> N
         got = ask(url)
     assert "\x1b" not in got.stdout
     assert "[red]x[/red] 1" in got.stdout
-    assert "api counts as away: *" in got.stdout
+    assert "api counts as away: all of it" in got.stdout
 
 
 def test_all_of_it_is_asked_for_by_a_flag() -> None:

@@ -139,3 +139,24 @@ async def test_who_never_shakes_hands_is_let_go(start: Start, tmp_path: Path) ->
     gateway = await over_tls(start, tmp_path, server={"header_timeout": 0.2})
     async with asyncio.timeout(5), await Wire.to(gateway) as wire:
         assert await wire.rest() == b""
+
+
+@pytest.mark.parametrize("path", ["/_proxy/events", "/api/v0/template/"])
+async def test_who_leaves_in_the_middle_of_an_answer_leaves_no_fault_behind(
+    start: Start, tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trusting = issue(tmp_path)
+    gateway = await over_tls(start, tmp_path)
+    gateway.fake.faults.append(Fault(match="GET *", kind="big", size=64 * 1024 * 1024))
+    connector = aiohttp.TCPConnector(ssl=trusting)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        answer = await session.get(gateway.url + path, headers={"Authorization": "Bearer k"})
+        await answer.content.readany()
+        answer.close()
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if not gateway.app.server.clients:
+                break
+    assert len(gateway.app.server.clients) == 0
+    faults = [record for record in caplog.records if record.levelno >= logging.ERROR and "proxy" in record.name]
+    assert [record.getMessage() for record in faults] == []

@@ -263,7 +263,8 @@ function show() {
   say(at("sum-errors-more"), errors ? `${count(lately)} in the last hour${faults ? `, ${many(faults, "fault")}` : ""}` : "");
 
   const away = Object.entries(now.away).filter(([, routes]) => routes.length)
-    .map(([name, routes]) => `${name}: ${routes.includes("*") ? "everything" : routes.join(", ")}`);
+    .map(([name, routes]) => `${name}: ${routes.includes("*") ? "everything" : routes.join(", ")}`
+      + (now.pausing[name] ? `; ${many(now.pausing[name], "call")} waiting for it` : ""));
   say(at("away"), away.length ? `Counts as away, only probes are sent. ${away.join("; ")}` : "");
   at("away").hidden = !away.length;
 
