@@ -566,7 +566,7 @@ class Pipeline:
             if journey.fallback is not None and outcome.code == "wait_too_long":
                 # It was not to wait longer than for a stale answer: if a write has voided that, it is.
                 journey.fallback = await self._stale(known)
-                return journey.fallback is None and self.clock.now() < journey.turn.deadline, 0.0
+                return not self._instead_of_waiting(journey) and self.clock.now() < journey.turn.deadline, 0.0
             return False, 0.0
         failures = fetched.attempts - fetched.refusals
         dates = self._dates(entry) if entry is not None else retrying.NO_DATES
@@ -628,14 +628,21 @@ class Pipeline:
             return granted, False
         return await self._send(journey, flight, fetched, *granted, began)
 
+    def _instead_of_waiting(self, journey: _Journey) -> bool:
+        """Is there an answer that is served rather than waiting for long?
+
+        One of an earlier epoch is for when upstream will not answer, not for our own line.
+        """
+        route, fallback = journey.known.route, journey.fallback
+        return fallback is not None and (
+            fallback.current or self.admission.is_refused(route, journey.known.caller.credential)
+        )
+
     async def _granted(self, journey: _Journey) -> tuple[Ticket, Pass] | Refusal:
         """Its turn, and leave to ask an upstream that may be away."""
         clock, known = self.clock, journey.known
         deadline = journey.turn.deadline
-        if journey.fallback is not None and (
-            journey.fallback.current or self.admission.is_refused(known.route, known.caller.credential)
-        ):
-            # An answer of an earlier epoch is for when upstream will not answer, not for our own line.
+        if self._instead_of_waiting(journey):
             deadline = min(deadline, journey.began + known.settings.cache.stale_after)
         breaker, began = self.breakers[known.route.upstream], clock.now()
         away = breaker.check(known.call, began)

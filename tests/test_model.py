@@ -298,6 +298,7 @@ class Paths(RuleBasedStateMachine):
         self.understood: dict[Request, Understood] = {}
         # The model: flights, epochs, what each was raised to by a write that has ended, and what is stored.
         self.flights: list[Flight] = []
+        self.joinable: dict[tuple[Any, ...], Flight] = {}
         self.epochs: Counter[Where] = Counter()
         self.floor: Counter[Where] = Counter()
         self.kept: dict[tuple[Any, ...], tuple[Call, float]] = {}
@@ -481,6 +482,8 @@ class Paths(RuleBasedStateMachine):
         if flight not in self.flights:
             return
         self.flights.remove(flight)
+        if flight.key is not None and self.joinable.get(flight.key) is flight:
+            del self.joinable[flight.key]
         if flight.large is not None:
             for asked in [asked for asked in flight.members if asked.waits]:
                 self.goes_alone(asked, flight)
@@ -546,12 +549,17 @@ class Paths(RuleBasedStateMachine):
         if asked.hit is not None or control.only_if_cached:
             return
         alone = control.no_cache or control.no_store
-        key = None if alone else (self.sharer(asked), asked.name, control.max_age is None, epochs)
-        flight = next((one for one in self.flights if key is not None and one.key == key), None)
+        key = None if alone else (self.sharer(asked), asked.name, control.max_age is None)
+        flight = self.joinable.get(key) if key is not None else None
+        call = flight.call if flight is not None else None
+        if call is not None and call.connected.done() and call.epochs != epochs:
+            flight = None  # what is on its way may be from before a write; what is not is read after it
         asked.joined = flight is not None
         if flight is None:
             flight = Flight(key, asked, [], own=control.no_store)
             self.flights.append(flight)
+            if key is not None:
+                self.joinable[key] = flight
         flight.members.append(asked)
         asked.flight = flight
 
@@ -699,7 +707,8 @@ class Paths(RuleBasedStateMachine):
         assert self.admission.in_flight == len(self.live)
         assert self.admission.waiting <= sum(flight.call is None for flight in self.flights)
         assert all(call.rest is None or not call.rest.open for call in self.calls.values())
-        shared = [call.flight.key for call in self.live if call.flight.key is not None]
+        # One whose first try was sent before a write, and which tries again, is by itself.
+        shared = [(call.flight.key, call.epochs) for call in self.live if call.flight.key and not call.flight.tries]
         assert len(shared) == len(set(shared)), "two calls for one question"
         for flight in self.flights:
             assert flight.call is not None or flight.members

@@ -733,3 +733,35 @@ async def test_clients_who_come_and_go_do_not_make_the_line_look_longer_for_othe
     assert gateway.app.admission.expected(route, "third") < 5
     assert len(gateway.app.admission.origins["api"]._ranks) < 100
     assert {(await hanging).status, (await patient).status} == {200}
+
+
+# --- Reads that wait while writes are done ----------------------------------------------------------------------------
+
+
+async def test_equal_reads_that_wait_are_one_call_whatever_is_written_meanwhile(start: Start) -> None:
+    gateway = await start(Behaviour(), limits={"global": None})
+    instances = "/api/v0/instances/"
+    await gateway.get(instances)
+    polls: list[asyncio.Task[Any]] = []
+    for number in range(3):
+        polls += [asyncio.create_task(gateway.get(instances)) for _ in range(5)]
+        rented = await gateway.put(gateway.offer(number), {"client_id": "me", "image": "x", "disk": 10})
+        assert rented.status == 200
+    polls.append(asyncio.create_task(gateway.get(instances)))
+    answers = await asyncio.gather(*polls)
+    assert len(gateway.fake.calls("GET /api/v0/instances/")) == 2
+    for answer in answers:
+        assert len(answer.json["instances"]) == 3, "read after all that had been written when it was sent"
+
+
+async def test_a_read_that_was_sent_before_a_write_is_not_for_those_who_ask_after_it(start: Start) -> None:
+    gateway = await start(fast=True)
+    instances = "/api/v0/instances/"
+    gateway.fake.faults.append(Fault(match="GET *", kind="slow", delay=20.0))
+    before = asyncio.create_task(gateway.get(instances))
+    await asyncio.sleep(1.0)
+    assert (await gateway.put(gateway.offer(), {"client_id": "me", "image": "x", "disk": 10})).status == 200
+    after = await gateway.get(instances)
+    assert len(after.json["instances"]) == 1
+    assert (await before).json["instances"] == []
+    assert len(gateway.fake.calls("GET /api/v0/instances/")) == 2
