@@ -109,6 +109,10 @@ def _new_token(options: argparse.Namespace) -> int:
     print("For the settings, where only its hash is kept; the proxy takes it up on SIGHUP:")
     # In quotes, for @x is no YAML without, and 1e3 and null are no names.
     print(f'  team: {{members: {{"{options.name}": {{token: "{hashed(token)}"}}}}}}')
+    print(
+        "Or, for one that opens the pages under /_proxy/ to other machines and nothing else, in a browser for example:"
+    )
+    print(f'  admin: {{token: "{hashed(token)}"}}')
     return OK
 
 

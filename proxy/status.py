@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import ssl
 import sys
 import threading
 import urllib.error
@@ -47,6 +49,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def fetch(url: str, token: str = "", *, whole: bool = False) -> Mapping[str, Any]:
     """The status of the proxy at `url`, its base URL; `whole`: with all entries of its lists. Raises StatusError."""
+    url = url if "://" in url else f"http://{url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise StatusError(f"{url}: not a URL of a proxy, which is like {DEFAULT_URL}")
@@ -65,9 +68,15 @@ def fetch(url: str, token: str = "", *, whole: bool = False) -> Mapping[str, Any
         raise StatusError(f"{url}: {why}{_hint(token) if error.code in (401, 403) else ''}") from None
     except urllib.error.URLError as error:
         reason = getattr(error.reason, "strerror", None) or error.reason
-        raise StatusError(f"no answer from {url}: {reason}") from None
-    except (OSError, ValueError) as error:
-        raise StatusError(f"no answer from {url}: {error}") from None
+        hint = ""
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            reason, hint = error.reason.verify_message, "; name the file of its certificate in SSL_CERT_FILE"
+        elif isinstance(error.reason, ConnectionRefusedError):
+            hint = "; is it running? Another one is asked by `vast-proxy status URL`"
+        raise StatusError(f"no answer from {url}: {reason}{hint}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        hint = "; does it speak https?" if parts.scheme == "http" else ""
+        raise StatusError(f"no answer from {url}: {error}{hint}") from None
     if not {"version", "totals", "limits", "lines"} <= told.keys():
         raise StatusError(f"{url}: what answers there is no vast-proxy")
     return told

@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from conftest import Gateway, Start, clean_environment
 
 from proxy.settings import NO_SETTINGS
@@ -203,7 +205,9 @@ STATUS = {
 
 
 @contextmanager
-def answering(status: int, body: Any, **headers: str) -> Iterator[tuple[str, list[Any]]]:
+def answering(
+    status: int, body: Any, tls: ssl.SSLContext | None = None, **headers: str
+) -> Iterator[tuple[str, list[Any]]]:
     """A server that says just this; and what it was asked with."""
     seen: list[Any] = []
 
@@ -220,7 +224,13 @@ def answering(status: int, body: Any, **headers: str) -> Iterator[tuple[str, lis
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Quiet(HTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", seen
@@ -234,12 +244,30 @@ def test_where_nothing_listens_it_fails_with_one_line() -> None:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         got = ask(url)
     assert (got.returncode, got.stdout) == (1, "")
-    assert got.stderr == f"vast-proxy: no answer from {url}: Connection refused\n"
+    hint = "is it running? Another one is asked by `vast-proxy status URL`"
+    assert got.stderr == f"vast-proxy: no answer from {url}: Connection refused; {hint}\n"
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://x", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "file:///etc/passwd", ""])
 def test_what_is_no_url_is_said_so(url: str) -> None:
     with pytest.raises(StatusError, match="not a URL of a proxy"):
+        fetch(url)
+
+
+def test_a_url_may_lack_its_scheme() -> None:
+    with answering(200, b"[]") as (url, _), pytest.raises(StatusError, match="no vast-proxy"):
+        fetch(url.removeprefix("http://"))
+
+
+def test_a_proxy_whose_certificate_is_not_trusted_is_told_how_it_is(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with answering(200, b"{}", context) as (url, _), pytest.raises(StatusError, match="SSL_CERT_FILE"):
+        fetch(url.replace("http:", "https:"))
+    with answering(200, b"{}", context) as (url, _), pytest.raises(StatusError, match="does it speak https"):
         fetch(url)
 
 
