@@ -1278,3 +1278,18 @@ async def test_who_met_a_429_waits_again_at_all_of_its_places() -> None:
     assert world.names.index("shared") <= 2
     world.admission.take_back(turn, other)
     assert turn.lent == {}
+
+
+async def test_when_a_lender_leaves_another_of_its_kind_lends_its_place() -> None:
+    world = World()
+    crowd(world, "a", 7, TWO)
+    last = world.admission.arrive(math.inf, who="a")
+    world.begin("shared", TWO, turn=last)
+    await asyncio.sleep(0.1)
+    others = [world.admission.arrive(math.inf, who="b") for _ in range(2)]
+    for other in others:
+        world.admission.lend(last, other)
+    world.admission.take_back(last, others[0])
+    await asyncio.sleep(6.0)
+    assert "shared" in world.names
+    world.admission.take_back(last, others[1])
