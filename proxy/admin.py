@@ -50,18 +50,18 @@ class Admin:
         path, _, query = target.partition("?")
         path = path.rstrip("/")
         if method not in ("GET", "HEAD"):
-            return _json(405, {"success": False, "error": "method_not_allowed", "msg": "/_proxy/ is read only"})
+            return json_answer(405, {"success": False, "error": "method_not_allowed", "msg": "/_proxy/ is read only"})
         match path:
             case "/_proxy/health":
-                return _json(200, {"success": True, "status": "alive"})
+                return json_answer(200, {"success": True, "status": "alive"})
             case "/_proxy/ready":
                 if self._ready():
-                    return _json(200, {"success": True, "status": "ready"})
-                return _json(503, {"success": False, "error": "not_ready", "msg": "starting, or shutting down"})
+                    return json_answer(200, {"success": True, "status": "ready"})
+                return json_answer(503, {"success": False, "error": "not_ready", "msg": "starting, or shutting down"})
             case "/_proxy/status":
                 whole = "all" in dict(parse_qsl(query, keep_blank_values=True))
                 status = self._status(None if whole else self._shown)
-                return _json(200, {"success": True, **status, "totals": self.counted.shown()})
+                return json_answer(200, {"success": True, **status, "totals": self.counted.shown()})
         own = self._own.get(path)
         if own is not None and caller is not None:
             return own(caller, query)
@@ -69,7 +69,7 @@ class Admin:
         if page is not None:
             return page(method)
         msg = "nothing here; there are /_proxy/, and in it health, ready, status, metrics, waiting and plan"
-        return _json(404, {"success": False, "error": "not_found", "msg": msg})
+        return json_answer(404, {"success": False, "error": "not_found", "msg": msg})
 
 
 class Totals:
@@ -223,7 +223,8 @@ class Events(logging.Formatter):
         return f"{kind.__name__ if kind else 'exception'} at " + " < ".join(reversed(frames))
 
 
-def _json(status: int, value: Mapping[str, Any]) -> Response:
+def json_answer(status: int, value: Mapping[str, Any]) -> Response:
+    """An answer of our own that nobody is to store."""
     # Not indented: that is done in Python, and takes five times as long as all the rest of it.
     body = json.dumps(value).encode() + b"\n"
     return Response(status, (("Content-Type", "application/json"), ("Cache-Control", "no-store")), body)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 from urllib.parse import parse_qsl
 
+from .admin import json_answer
 from .admission import Admission
 from .policy import members
 from .policy.errors import Refusal
@@ -35,13 +34,14 @@ class Own:
 
     def waiting(self, caller: Caller, query: str) -> Response:
         """The lines in which the caller has somebody, and the limits that its calls meet."""
-        return _json(
+        return json_answer(
+            200,
             {
                 "success": True,
                 "caller": caller.label,
                 "lines": list(self._admission.lines_of(caller)),
                 "limits": list(self._admission.limits_known(of=caller.credential)),
-            }
+            },
         )
 
     def plan(self, caller: Caller, query: str) -> Response:
@@ -60,9 +60,6 @@ class Own:
         if forbidden is not None:
             raise forbidden
         plan = self._admission.plan(route, caller, int(calls))
-        return _json({"success": True, "caller": caller.label, "route": route.name, "calls": int(calls), **plan})
-
-
-def _json(value: Mapping[str, Any]) -> Response:
-    body = json.dumps(value, indent=1).encode() + b"\n"
-    return Response(200, (("Content-Type", "application/json"), ("Cache-Control", "no-store")), body)
+        return json_answer(
+            200, {"success": True, "caller": caller.label, "route": route.name, "calls": int(calls), **plan}
+        )

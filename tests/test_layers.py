@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "slowing": {"clock", "policy"},
     "health": set(),
     "metrics": {"policy"},
-    "own": {"admission", "policy"},
+    "own": {"admin", "admission", "policy"},
     "status": set(),
     "tracing": {"clock", "policy"},
     "window": {"clock", "policy"},
